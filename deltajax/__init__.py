@@ -1,0 +1,1 @@
+"""deltajax: models that compute with differences, as pure functions in JAX."""
