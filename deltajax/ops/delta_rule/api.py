@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deltajax.ops.delta_rule import reference
+from deltajax.ops.delta_rule import chunked, reference
 
 # name -> f(q, k, v, beta, g, initial_state, *, scale) on checked arrays: k, v, beta with an R axis, g None or in
 # [-inf, 0], initial_state present in the accumulation dtype. An implementation that cannot serve the shapes or the
 # platform raises NotImplementedError with the reason.
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.delta_product,
+    "chunked": chunked.delta_product,
 }
 
 # Tried in order when the caller names none.

@@ -1,0 +1,250 @@
+"""The chunked form in XLA: the WY representation inside a chunk, a linear recurrence between chunks.
+
+A chunk has C tokens and N = C R rows (token-major), but only C queries. With D_ij the sum of the log gates after token j up
+to token i, and S the state before the chunk, per value head (arXiv 2406.06484, section 3.2, with gates and R steps)::
+
+    A = strict_tril(beta_i sum_c k_ic k_jc exp(D_ijc))             [N, N]
+    U, W = (I + A)^-1 beta V, (I + A)^-1 beta (K exp(D_i,start))    [N, V], [N, K]
+    V' = U - W S;   S <- exp(D_end,start) S + (K exp(D_end,j))^T V'
+    O = (Q exp(D_i,start)) S + P V',   P_tj = sum_c q_tc k_jc exp(D_tjc) for the rows j of tokens up to t    [C, N]
+
+Every exponent is a sum of gates, never a difference of cumulative sums: nothing overflows, nothing cancels, and
+g = -inf (a document boundary) is an ordinary value.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROWS = 64  # rows of a chunk: fewer make the matrix products small, more make the inverse and the scores dominate
+CHUNKS = 32  # chunks worked on together; the backward keeps one state for each such block
+SUBCHUNK = 16  # tokens of a sub-chunk, where channel gates are applied pair by pair
+LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
+
+
+def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
+    """Chunked delta product; arguments as `IMPLEMENTATIONS` in `api` says.
+
+    The backward keeps the inputs and the state before each block of chunks, and recomputes the rest.
+    """
+    batch, length, steps, heads, value_dim = v.shape
+    if length == 0:
+        return v[:, :, 0], initial_state
+    tokens = min(_power_of_two_up_to(max(ROWS // steps, 1)), _power_of_two_up_to(2 * length - 1))
+    chunks = -(-length // tokens)
+    blocks = -(-chunks // CHUNKS)
+    chunks = -(-chunks // blocks)
+    dtype = initial_state.dtype
+    precision = "default" if q.dtype == jnp.bfloat16 else "highest"
+
+    def split(x, head_axis):
+        """[B, T, .., H, ..] -> [blocks, chunks, B, H, tokens, ..], padded with tokens that change nothing."""
+        x = jnp.pad(x, [(0, blocks * chunks * tokens - length if axis == 1 else 0) for axis in range(x.ndim)])
+        x = x.reshape(batch, blocks, chunks, tokens, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 2, 0, head_axis + 2), (0, 1, 2, 3))
+
+    def block(state, x):
+        q, k, v, beta, g = jax.tree.map(lambda x: x.astype(dtype), x)
+        q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (scale * q, k))
+        return _block(state, q, k, v, beta, g, precision)
+
+    x = (split(q, 2), split(k, 3), split(v, 3), split(beta, 3), None if g is None else split(g, 2))
+    state, o = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), initial_state, x)
+    o = jnp.moveaxis(o, (2, 0, 1, 4), (0, 1, 2, 3)).reshape(batch, -1, heads, value_dim)
+    return o[:, :length].astype(v.dtype), state
+
+
+def _block(state, q, k, v, beta, g, precision):
+    """Some chunks: in parallel along the leading axis n, but for the recurrence of their states.
+
+    q [n, B, H, C, K], k [.., C, R, K], v [.., C, R, V], beta [.., C, R], g [.., C], [.., C, K] or None.
+    """
+    *lead, tokens, steps, value_dim = v.shape
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    if g is not None:
+        g = jnp.maximum(g if g.ndim == q.ndim else g[..., None], LOWEST_GATE)
+    from_start, to_end, total = _decays(g, lead, q.dtype, precision)
+
+    def rows(x):
+        return x.reshape(*lead, tokens * steps, -1)
+
+    beta = beta[..., None]
+    a = _scores(beta * k, k, g, precision) * np.tri(tokens * steps, k=-1, dtype=q.dtype)
+    p = _scores(q[..., None, :], k, g, precision)
+    rhs = jnp.concatenate([rows(beta * v), rows(beta * k * from_start[..., None, :])], axis=-1)
+    solution = unit_lower_solve(a, rhs, precision)
+    u, w = solution[..., :value_dim], solution[..., value_dim:]
+    k_to_end = rows(k * to_end[..., None, :])
+    states, v_new, state = _recurrence(state, u, w, k_to_end, total[..., None], precision)
+    return state, matmul(q * from_start, states) + matmul(p, v_new)
+
+
+# Gates: None, or [.., C, 1] (one per head), or [.., C, K] (one per key channel).
+
+
+def _decays(g, lead, dtype, precision):
+    """exp of the sum of gates from the chunk's start through each token, after each token to the end, and in all."""
+    if g is None:
+        one = jnp.ones((*lead, 1, 1), dtype)
+        return one, one, one[..., 0, :]
+    sums = [jnp.matmul(mask, g, precision=precision) for mask in _prefix_and_suffix(g.shape[-2], dtype)]
+    return *(jnp.exp(x) for x in sums), jnp.exp(g.sum(-2))
+
+
+def _prefix_and_suffix(size, dtype):
+    """Masks that sum the entries up to and including each one, and those after it."""
+    return np.tri(size, dtype=dtype), np.tri(size, k=-1, dtype=dtype).T
+
+
+def _scores(x, k, g, precision):
+    """sum_c x_ic k_jc exp(D_ijc) for tokens j <= i, else 0: x [.., C, X, K], k [.., C, R, K] -> [.., C X, C R]."""
+    *lead, tokens, per_token, _ = x.shape
+    steps = k.shape[-2]
+    if g is not None and g.shape[-1] > 1:
+        return _channel_gated_scores(x, k, g, precision)
+    x, k = (a.reshape(*lead, -1, a.shape[-1]) for a in (x, k))
+    scores = jnp.matmul(x, jnp.swapaxes(k, -1, -2), precision=precision)
+    causal = np.tri(tokens, dtype=x.dtype)
+    if g is not None:
+        sums = jnp.matmul(causal, g * np.tri(tokens, k=-1, dtype=x.dtype), precision=precision)
+        causal = jnp.where(causal > 0, jnp.exp(sums), 0)
+    scores = scores.reshape(*lead, tokens, per_token, tokens, steps) * causal[..., :, None, :, None]
+    return scores.reshape(*lead, tokens * per_token, tokens * steps)
+
+
+def _channel_gated_scores(x, k, g, precision):
+    """The same where the decay stands inside the sum over channels and does not factor over the whole chunk.
+
+    Pairs in one sub-chunk are decayed directly. Between sub-chunks b < a the decay is split where a starts,
+    exp(D_ij) = exp(D_i,start) exp(D_start,j): both exponents are <= 0.
+    """
+    *lead, tokens, per_token, dim = x.shape
+    steps = k.shape[-2]
+    size = min(SUBCHUNK, tokens)
+    subs = tokens // size
+    x, k = (y.reshape(*lead, subs, size, -1, dim) for y in (x, k))
+    g = g.reshape(*lead, subs, size, dim)
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    from_start, to_end, total = _decays(g, (*lead, subs), g.dtype, precision)
+    x_from_start, k_to_end = x * from_start[..., None, :], k * to_end[..., None, :]
+
+    i, s, j = np.ogrid[:size, :size, :size]
+    after_j_up_to_i = ((j < s) & (s <= i)).astype(g.dtype)
+    pair_decay = jnp.exp(einsum("isj,...sc->...ijc", after_j_up_to_i, g)) * np.tri(size, dtype=g.dtype)[..., None]
+    same = einsum("...ixc,...ijc,...jrc->...ixjr", x, pair_decay, k)
+
+    earlier = k_to_end[..., :0, :, :, :]
+    scores = []
+    for a in range(subs):
+        before = einsum("...ixc,...bjrc->...ixbjr", x_from_start[..., a, :, :, :], earlier)
+        before = before.reshape(*lead, size, per_token, a * size, steps)
+        after = jnp.zeros((*lead, size, per_token, tokens - (a + 1) * size, steps), x.dtype)
+        scores.append(jnp.concatenate([before, same[..., a, :, :, :, :], after], axis=-2))
+        earlier = earlier * total[..., a, None, None, None, :]
+        earlier = jnp.concatenate([earlier, k_to_end[..., a : a + 1, :, :, :]], axis=-4)
+    return jnp.stack(scores, axis=-5).reshape(*lead, tokens * per_token, tokens * steps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def unit_lower_solve(a, b, precision="highest"):
+    """x = (I + a)^-1 b for strictly lower triangular a [.., N, N] and b [.., N, M].
+
+    The inverse is built by the block ladder: with the diagonal blocks of size n inverted, the corner below two of them is
+    -X2 L X1. Unlike power series in a it does not blow up on correlated keys.
+    """
+    return jnp.matmul(_unit_lower_inverse(a), b, precision=precision)
+
+
+def _unit_lower_solve_forward(a, b, precision):
+    inverse = _unit_lower_inverse(a)
+    x = jnp.matmul(inverse, b, precision=precision)
+    return x, (inverse, x)
+
+
+def _unit_lower_solve_backward(precision, residuals, dx):
+    inverse, x = residuals
+    db = jnp.matmul(jnp.swapaxes(inverse, -1, -2), dx, precision=precision)
+    da = -jnp.matmul(db, jnp.swapaxes(x, -1, -2), precision=precision)
+    return da * np.tri(da.shape[-1], k=-1, dtype=da.dtype), db
+
+
+unit_lower_solve.defvjp(_unit_lower_solve_forward, _unit_lower_solve_backward)
+
+
+def _unit_lower_inverse(a):
+    size = a.shape[-1]
+    block = size
+    while block % 2 == 0 and block > 8:
+        block //= 2
+    x = _substitute(_blocks(a, block, 0))
+    while block < size:
+        x1, x2 = x[..., 0::2, :, :], x[..., 1::2, :, :]
+        corner = -jnp.matmul(x2, jnp.matmul(_blocks(a, block, block), x1, precision="highest"), precision="highest")
+        upper = jnp.concatenate([x1, jnp.zeros_like(x1)], axis=-1)
+        x = jnp.concatenate([upper, jnp.concatenate([corner, x2], axis=-1)], axis=-2)
+        block *= 2
+    return x[..., 0, :, :]
+
+
+def _blocks(a, size, below):
+    """The diagonal blocks of `a` (below = 0), or the corner below every second one (below = size)."""
+    starts = range(0, a.shape[-1], size + below)
+    return jnp.stack([a[..., i + below : i + below + size, i : i + size] for i in starts], axis=-3)
+
+
+def _substitute(a):
+    """(I + a)^-1 row by row: small blocks only."""
+    x = jnp.zeros_like(a[..., :0, :])
+    for i in range(a.shape[-1]):
+        row = np.eye(1, a.shape[-1], i, dtype=a.dtype)[0] - jnp.sum(a[..., i, :i, None] * x, axis=-2)
+        x = jnp.concatenate([x, row[..., None, :]], axis=-2)
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _recurrence(state, u, w, k, decay, precision):
+    """V'_n = U_n - W_n S_n; S_n+1 = decay_n S_n + K_n^T V'_n. Returns all S_n, all V'_n and the last state."""
+
+    def body(state, x):
+        u, w, k, decay = x
+        v_new = u - jnp.matmul(w, state, precision=precision)
+        following = decay * state + jnp.matmul(jnp.swapaxes(k, -1, -2), v_new, precision=precision)
+        return following, (state, v_new)
+
+    state, (states, v_new) = jax.lax.scan(body, state, (u, w, k, decay))
+    return states, v_new, state
+
+
+def _recurrence_forward(state, u, w, k, decay, precision):
+    out = _recurrence(state, u, w, k, decay, precision)
+    return out, (w, k, decay, *out[:2])
+
+
+def _recurrence_backward(precision, residuals, cotangents):
+    """Only what is recurrent, the cotangent of the states, is scanned; the rest follows for all chunks at once."""
+    w, k, decay, states, v_new = residuals
+    matmul = functools.partial(jnp.matmul, precision=precision)
+
+    def body(dfollowing, x):
+        w, k, decay, dstate, dv_new = x
+        dv_new = dv_new + matmul(k, dfollowing)
+        dstate = dstate + decay * dfollowing - matmul(jnp.swapaxes(w, -1, -2), dv_new)
+        return dstate, (dfollowing, dv_new)
+
+    dstates, dv_new, dstate = cotangents
+    dstate, (dfollowing, dv_new) = jax.lax.scan(body, dstate, (w, k, decay, dstates, dv_new), reverse=True)
+    dw = -matmul(dv_new, jnp.swapaxes(states, -1, -2))
+    dk = matmul(v_new, jnp.swapaxes(dfollowing, -1, -2))
+    ddecay = jnp.sum(states * dfollowing, axis=-1, keepdims=True)
+    if decay.shape[-2] == 1:
+        ddecay = jnp.sum(ddecay, axis=-2, keepdims=True)
+    return dstate, dv_new, dw, dk, ddecay
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def _power_of_two_up_to(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
