@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROWS = 64  # rows of a chunk: fewer make the matrix products small, more make the inverse and the scores dominate
-CHUNKS = 32  # chunks worked on together; the backward keeps one state for each such block
+ROWS = 32  # x
+CHUNKS = 4  # chunks worked on together; the backward keeps one state for each such block
 SUBCHUNK = 16  # tokens of a sub-chunk, where channel gates are applied pair by pair
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
 
@@ -39,20 +39,23 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     dtype = initial_state.dtype
     precision = "default" if q.dtype == jnp.bfloat16 else "highest"
 
-    def split(x, head_axis):
-        """[B, T, .., H, ..] -> [blocks, chunks, B, H, tokens, ..], padded with tokens that change nothing."""
+    def split(x):
+        """[B, T, ..] -> [blocks, B, chunks, tokens, ..], padded with tokens that change nothing."""
         x = jnp.pad(x, [(0, blocks * chunks * tokens - length if axis == 1 else 0) for axis in range(x.ndim)])
-        x = x.reshape(batch, blocks, chunks, tokens, *x.shape[2:])
-        return jnp.moveaxis(x, (1, 2, 0, head_axis + 2), (0, 1, 2, 3))
+        return jnp.moveaxis(x.reshape(batch, blocks, chunks, tokens, *x.shape[2:]), 1, 0)
 
     def block(state, x):
-        q, k, v, beta, g = jax.tree.map(lambda x: x.astype(dtype), x)
-        q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (scale * q, k))
-        return _block(state, q, k, v, beta, g, precision)
+        """x [B, chunks, tokens, .., H, ..] -> [chunks, B, H, tokens, ..]."""
+        q, k, v, beta, g = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 1, 0), x)
+        q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (scale * q, k))
+        q, k, v, beta = (jnp.moveaxis(x, axis, 2) for x, axis in ((q, 3), (k, 4), (v, 4), (beta, 4)))
+        g = None if g is None else jnp.moveaxis(g, 3, 2)
+        state, o = _block(state, q, k, v, beta, g, precision)
+        return state, jnp.moveaxis(o, (1, 0, 3), (0, 1, 2))
 
-    x = (split(q, 2), split(k, 3), split(v, 3), split(beta, 3), None if g is None else split(g, 2))
+    x = (split(q), split(k), split(v), split(beta), None if g is None else split(g))
     state, o = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), initial_state, x)
-    o = jnp.moveaxis(o, (2, 0, 1, 4), (0, 1, 2, 3)).reshape(batch, -1, heads, value_dim)
+    o = jnp.moveaxis(o, 0, 1).reshape(batch, -1, heads, value_dim)
     return o[:, :length].astype(v.dtype), state
 
 
@@ -70,9 +73,15 @@ def _block(state, q, k, v, beta, g, precision):
     def rows(x):
         return x.reshape(*lead, tokens * steps, -1)
 
+    if g is not None and g.shape[-1] > 1:
+        a, p = (_channel_gated_products(x, k, g, precision) for x in (k, q[..., None, :]))
+    else:
+        products_of_keys = _self_products if precision == "highest" else _products
+        weights = _pair_decay(g, tokens, q.dtype, precision)
+        a = _weigh(products_of_keys(rows(k)), weights)
+        p = _weigh(_products(q, rows(k), precision), weights)
     beta = beta[..., None]
-    a = _scores(beta * k, k, g, precision) * np.tri(tokens * steps, k=-1, dtype=q.dtype)
-    p = _scores(q[..., None, :], k, g, precision)
+    a = rows(beta) * a * np.tri(tokens * steps, k=-1, dtype=q.dtype)
     rhs = jnp.concatenate([rows(beta * v), rows(beta * k * from_start[..., None, :])], axis=-1)
     solution = unit_lower_solve(a, rhs, precision)
     u, w = solution[..., :value_dim], solution[..., value_dim:]
@@ -98,24 +107,55 @@ def _prefix_and_suffix(size, dtype):
     return np.tri(size, dtype=dtype), np.tri(size, k=-1, dtype=dtype).T
 
 
-def _scores(x, k, g, precision):
-    """sum_c x_ic k_jc exp(D_ijc) for tokens j <= i, else 0: x [.., C, X, K], k [.., C, R, K] -> [.., C X, C R]."""
-    *lead, tokens, per_token, _ = x.shape
-    steps = k.shape[-2]
-    if g is not None and g.shape[-1] > 1:
-        return _channel_gated_scores(x, k, g, precision)
-    x, k = (a.reshape(*lead, -1, a.shape[-1]) for a in (x, k))
-    scores = jnp.matmul(x, jnp.swapaxes(k, -1, -2), precision=precision)
-    causal = np.tri(tokens, dtype=x.dtype)
-    if g is not None:
-        sums = jnp.matmul(causal, g * np.tri(tokens, k=-1, dtype=x.dtype), precision=precision)
-        causal = jnp.where(causal > 0, jnp.exp(sums), 0)
-    scores = scores.reshape(*lead, tokens, per_token, tokens, steps) * causal[..., :, None, :, None]
-    return scores.reshape(*lead, tokens * per_token, tokens * steps)
+def _pair_decay(g, tokens, dtype, precision):
+    """exp(D_ij) for tokens j <= i, else 0, from one gate per head: [.., C, C]."""
+    causal = np.tri(tokens, dtype=dtype)
+    if g is None:
+        return causal
+    sums = jnp.matmul(causal, g * np.tri(tokens, k=-1, dtype=dtype), precision=precision)
+    return jnp.where(causal > 0, jnp.exp(sums), 0)
 
 
-def _channel_gated_scores(x, k, g, precision):
-    """The same where the decay stands inside the sum over channels and does not factor over the whole chunk.
+def _weigh(products, weights):
+    """Products of rows [.., C X, C R] times weights of tokens [.., C, C]."""
+    tokens = weights.shape[-1]
+    *lead, rows, columns = products.shape
+    products = products.reshape(*lead, tokens, rows // tokens, tokens, columns // tokens)
+    return (products * weights[..., :, None, :, None]).reshape(*lead, rows, columns)
+
+
+def _products(x, y=None, precision="default"):
+    return jnp.matmul(x, jnp.swapaxes(x if y is None else y, -1, -2), precision=precision)
+
+
+@jax.custom_vjp
+def _self_products(x):
+    """x x^T [.., N, N] of x [.., N, K], rounded about as if summed exactly.
+
+    With correlated keys and beta near 2 no error decays, and the rounding of these sums becomes the largest error of the
+    whole chunked form. So each row is split at a grid fine enough for the products of the coarse parts to
+    add up without rounding (Ozaki et al., 2012, doi 10.1007/s11075-011-9478-1); the fine parts only correct.
+    """
+    bits = (jnp.finfo(x.dtype).nmant + 1) // 2
+    _, exponent = jnp.frexp(jnp.linalg.norm(x, axis=-1, keepdims=True))
+    grid = jnp.exp2((exponent - bits).astype(x.dtype))
+    coarse = jnp.round(x / grid) * grid
+    fine = x - coarse
+    correction = _products(fine, x - fine / 2, "highest")
+    return _products(coarse, precision="highest") + (correction + jnp.swapaxes(correction, -1, -2))
+
+
+def _self_products_backward(x, d):
+    return (jnp.matmul(d + jnp.swapaxes(d, -1, -2), x, precision="highest"),)
+
+
+_self_products.defvjp(lambda x: (_self_products(x), x), _self_products_backward)
+
+
+def _channel_gated_products(x, k, g, precision):
+    """sum_c x_ic k_jc exp(D_ijc) for tokens j <= i, else 0: x [.., C, X, K], k [.., C, R, K] -> [.., C X, C R].
+
+    The decay stands inside the sum and does not factor over the whole chunk.
 
     Pairs in one sub-chunk are decayed directly. Between sub-chunks b < a the decay is split where a starts,
     exp(D_ij) = exp(D_i,start) exp(D_start,j): both exponents are <= 0.
@@ -149,58 +189,54 @@ def _channel_gated_scores(x, k, g, precision):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def unit_lower_solve(a, b, precision="highest"):
-    """x = (I + a)^-1 b for strictly lower triangular a [.., N, N] and b [.., N, M].
+    """x = (I + a)^-1 b for strictly lower triangular a [.., N, N] and b [.., N, M], by forward substitution of blocks.
 
-    The inverse is built by the block ladder: with the diagonal blocks of size n inverted, the corner below two of them is
-    -X2 L X1. Unlike power series in a it does not blow up on correlated keys.
+    Unlike power series in a it does not blow up on correlated keys, and it is several times as accurate as a product with
+    the whole inverse, of which only small diagonal blocks are formed.
     """
-    return jnp.matmul(_unit_lower_inverse(a), b, precision=precision)
+    return _forward_substitution(a, b, precision)[0]
 
 
-def _unit_lower_solve_forward(a, b, precision):
-    inverse = _unit_lower_inverse(a)
-    x = jnp.matmul(inverse, b, precision=precision)
-    return x, (inverse, x)
+def _forward_substitution(a, b, precision):
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    inverses = _invert_diagonal_blocks(a)
+    size = inverses.shape[-1]
+    x = b[..., :0, :]
+    for n in range(inverses.shape[-3]):
+        here = slice(n * size, (n + 1) * size)
+        rest = b[..., here, :] - matmul(a[..., here, : n * size], x) if n else b[..., here, :]
+        x = jnp.concatenate([x, matmul(inverses[..., n, :, :], rest)], axis=-2)
+    return x, (a, inverses, x)
 
 
-def _unit_lower_solve_backward(precision, residuals, dx):
-    inverse, x = residuals
-    db = jnp.matmul(jnp.swapaxes(inverse, -1, -2), dx, precision=precision)
-    da = -jnp.matmul(db, jnp.swapaxes(x, -1, -2), precision=precision)
-    return da * np.tri(da.shape[-1], k=-1, dtype=da.dtype), db
+def _backward_substitution(precision, residuals, dx):
+    a, inverses, x = residuals
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    transpose = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
+    count, size = inverses.shape[-3:-1]
+    db = dx[..., :0, :]
+    for n in reversed(range(count)):
+        here, below = slice(n * size, (n + 1) * size), slice((n + 1) * size, None)
+        rest = dx[..., here, :] - matmul(transpose(a[..., below, here]), db) if n < count - 1 else dx[..., here, :]
+        db = jnp.concatenate([matmul(transpose(inverses[..., n, :, :]), rest), db], axis=-2)
+    da = -matmul(db, transpose(x)) * np.tri(a.shape[-1], k=-1, dtype=a.dtype)
+    return da, db
 
 
-unit_lower_solve.defvjp(_unit_lower_solve_forward, _unit_lower_solve_backward)
+unit_lower_solve.defvjp(_forward_substitution, _backward_substitution)
 
 
-def _unit_lower_inverse(a):
+def _invert_diagonal_blocks(a):
+    """(I + a)^-1 of the diagonal blocks of 8 rows or less, row by row: [.., N / size, size, size]."""
     size = a.shape[-1]
-    block = size
-    while block % 2 == 0 and block > 8:
-        block //= 2
-    x = _substitute(_blocks(a, block, 0))
-    while block < size:
-        x1, x2 = x[..., 0::2, :, :], x[..., 1::2, :, :]
-        corner = -jnp.matmul(x2, jnp.matmul(_blocks(a, block, block), x1, precision="highest"), precision="highest")
-        upper = jnp.concatenate([x1, jnp.zeros_like(x1)], axis=-1)
-        x = jnp.concatenate([upper, jnp.concatenate([corner, x2], axis=-1)], axis=-2)
-        block *= 2
-    return x[..., 0, :, :]
-
-
-def _blocks(a, size, below):
-    """The diagonal blocks of `a` (below = 0), or the corner below every second one (below = size)."""
-    starts = range(0, a.shape[-1], size + below)
-    return jnp.stack([a[..., i + below : i + below + size, i : i + size] for i in starts], axis=-3)
-
-
-def _substitute(a):
-    """(I + a)^-1 row by row: small blocks only."""
-    x = jnp.zeros_like(a[..., :0, :])
-    for i in range(a.shape[-1]):
-        row = np.eye(1, a.shape[-1], i, dtype=a.dtype)[0] - jnp.sum(a[..., i, :i, None] * x, axis=-2)
-        x = jnp.concatenate([x, row[..., None, :]], axis=-2)
-    return x
+    while size % 2 == 0 and size > 8:
+        size //= 2
+    blocks = jnp.stack([a[..., n : n + size, n : n + size] for n in range(0, a.shape[-1], size)], axis=-3)
+    inverse = jnp.zeros_like(blocks[..., :0, :])
+    for n in range(size):
+        row = np.eye(size, dtype=a.dtype)[n] - jnp.sum(blocks[..., n, :n, None] * inverse, axis=-2)
+        inverse = jnp.concatenate([inverse, row[..., None, :]], axis=-2)
+    return inverse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -213,7 +249,7 @@ def _recurrence(state, u, w, k, decay, precision):
         following = decay * state + jnp.matmul(jnp.swapaxes(k, -1, -2), v_new, precision=precision)
         return following, (state, v_new)
 
-    state, (states, v_new) = jax.lax.scan(body, state, (u, w, k, decay))
+    state, (states, v_new) = jax.lax.scan(body, state, (u, w, k, decay), unroll=True)
     return states, v_new, state
 
 
@@ -234,7 +270,7 @@ def _recurrence_backward(precision, residuals, cotangents):
         return dstate, (dfollowing, dv_new)
 
     dstates, dv_new, dstate = cotangents
-    dstate, (dfollowing, dv_new) = jax.lax.scan(body, dstate, (w, k, decay, dstates, dv_new), reverse=True)
+    dstate, (dfollowing, dv_new) = jax.lax.scan(body, dstate, (w, k, decay, dstates, dv_new), reverse=True, unroll=True)
     dw = -matmul(dv_new, jnp.swapaxes(states, -1, -2))
     dk = matmul(v_new, jnp.swapaxes(dfollowing, -1, -2))
     ddecay = jnp.sum(states * dfollowing, axis=-1, keepdims=True)
