@@ -1,0 +1,36 @@
+"""Corpora and tasks as Grain sources. A task: a file with a `Config` and a `load`, a line in `LOADERS`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from deltajax.data import text
+from deltajax.data.loader import Batch, Dataset
+from deltajax.data.text import Config, compressed_bits_per_byte
+from deltajax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
+
+LOADERS: dict[type, Callable[[Any], Dataset]] = {text.Config: text.load}
+
+
+def load(config: Any) -> Dataset:
+    """The dataset that a task's config describes.
+
+    Raises:
+      ValueError: no task has a config of this type. What else is raised is the task's own.
+    """
+    if type(config) not in LOADERS:
+        known = ", ".join(f"{c.__module__}.{c.__name__}" for c in LOADERS)
+        raise ValueError(f"config: got a {type(config).__name__}; allowed: {known}")
+    return LOADERS[type(config)](config)
+
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "Config",
+    "Dataset",
+    "FileTokenizer",
+    "Tokenizer",
+    "compressed_bits_per_byte",
+    "load",
+    "load_tokenizer",
+]

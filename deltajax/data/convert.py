@@ -1,0 +1,47 @@
+"""Tokenise a corpus once, into ArrayRecord shards.
+
+`python -m deltajax.data.convert --input=~/text --output=~/shards`, then train with `corpus="~/shards"`.
+"""
+
+import sys
+
+from absl import app, flags
+
+from deltajax.data.documents import read_documents
+from deltajax.data.shards import write_shards
+from deltajax.data.text import check_validation_fraction
+from deltajax.data.tokenizer import load_tokenizer
+
+_INPUT = flags.DEFINE_string(
+    "input", None, "folder, file, glob, several joined by commas, or 'stdlib'", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "new folder for the shards", required=True)
+_TOKENIZER = flags.DEFINE_string("tokenizer", "byte", "'byte' or a Hugging Face tokenizers JSON file")
+_SHARDS = flags.DEFINE_integer("shards", 8, "files per split", lower_bound=1)
+_VALIDATION_FRACTION = flags.DEFINE_float(
+    "validation_fraction", 0.05, "expected part of the documents held out"
+)
+
+
+def main(argv: list[str]) -> None:
+    """Convert, and print what was written."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; allowed: flags only")
+    try:
+        check_validation_fraction(_VALIDATION_FRACTION.value)
+        index = write_shards(
+            _OUTPUT.value,
+            read_documents(_INPUT.value, _VALIDATION_FRACTION.value),
+            load_tokenizer(_TOKENIZER.value),
+            num_shards=_SHARDS.value,
+            validation_fraction=_VALIDATION_FRACTION.value,
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    for split, lengths in index["documents"].items():
+        documents, tokens, size = len(lengths["tokens"]), sum(lengths["tokens"]), sum(lengths["bytes"])
+        print(f"{split}: {documents} documents, {tokens} tokens, {size} bytes")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,80 @@
+"""Documents: which files a corpus name stands for, and which split each belongs to."""
+
+import glob
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+SHARD_SUFFIX = ".array_record"
+
+# Tests hold long tables of data, packages differ between machines, and pydoc_data is one generated file of
+# prose, so long that it would outweigh the rest of a validation split.
+STDLIB_EXCLUDED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+    "__pycache__",
+}
+ALLOWED = "a folder, a file, a glob pattern, several of these joined by commas, or 'stdlib'"
+
+
+def find_files(corpus: str) -> list[Path]:
+    """The files of a corpus, sorted by path, each once.
+
+    Args:
+      corpus: a folder (all its files, recursively, without hidden ones), a file, a glob pattern (with `**`),
+        several of these joined by commas, or "stdlib": the running interpreter's own library, `*.py` without
+        tests and installed packages.
+
+    Raises:
+      FileNotFoundError: a part names nothing.
+      ValueError: a part names a folder without files, or shards whose conversion was not completed.
+    """
+    if corpus == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [f for f in root.rglob("*.py") if not STDLIB_EXCLUDED.intersection(f.relative_to(root).parts)]
+        return sorted(f for f in files if f.is_file())
+    parts = [corpus] if Path(corpus).exists() else corpus.split(",")
+    return sorted({file for part in parts for file in _files_of_part(part.strip())})
+
+
+def _files_of_part(part: str) -> list[Path]:
+    path = Path(part).expanduser()
+    if part and path.is_dir():
+        inside = (f for f in path.rglob("*") if not any(p.startswith(".") for p in f.relative_to(path).parts))
+        files = [f for f in inside if f.is_file()]
+        if not files:
+            raise ValueError(f"corpus: the folder {part!r} holds no files; allowed: {ALLOWED}")
+    elif part and path.is_file():
+        files = [path]
+    else:
+        files = [f for f in map(Path, glob.glob(str(path), recursive=True)) if part and f.is_file()]
+        if not files:
+            raise FileNotFoundError(f"corpus: nothing found at {part!r}; allowed: {ALLOWED}")
+    for file in files:
+        if file.suffix == SHARD_SUFFIX:
+            raise ValueError(
+                f"corpus: {str(file)!r} is a shard, not text; allowed: the whole converted folder, alone"
+            )
+    return files
+
+
+def split_of(content: bytes, validation_fraction: float) -> Split:
+    """The split of a document, from a hash of its content: copies of a document never stand on both sides."""
+    draw = int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64
+    return "validation" if draw < validation_fraction else "train"
+
+
+def read_documents(corpus: str, validation_fraction: float) -> Iterator[tuple[Split, bytes]]:
+    """(split, content) of every file that is not empty, in the order and with the errors of `find_files`."""
+    for file in find_files(corpus):
+        content = file.read_bytes()
+        if content:
+            yield split_of(content, validation_fraction), content

@@ -1,0 +1,107 @@
+"""From examples to batches: a global batch is a pure function of (seed, step), on any number of processes."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol, SupportsIndex
+
+import grain
+import numpy as np
+
+from deltajax.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]  # [rows of this process, L] each
+
+# Threads, not worker processes: reading is mostly copying, and the state of workers depends on their number.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+class Source(Protocol):
+    """Examples with random access, each a dict of arrays of the same keys, shapes and dtypes."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        """Example `index`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A task ready to train on. Every task's `load` returns one, so the trainer knows no task.
+
+    Attributes:
+      train, validation: examples; for a language model the windows of `packing.PackedWindows`.
+      vocab_size: ids are in [0, vocab_size).
+      batch_size: rows of a global batch.
+      seed: of the order of the training examples.
+      tokenizer: of tasks made of text.
+      validation_text: raw bytes of the validation documents, one after the other; of tasks made of text.
+      bytes_per_target: bytes over targets in the validation documents; of tasks made of text. Mean loss in
+        nats over (ln 2 * bytes_per_target) is bits per byte: exact over the whole validation split for any
+        tokenizer, over any part of it for the byte tokenizer, whose value is 1.
+    """
+
+    train: Source
+    validation: Source
+    vocab_size: int
+    batch_size: int
+    seed: int
+    tokenizer: Tokenizer | None = None
+    validation_text: bytes = b""
+    bytes_per_target: float = 1.0
+
+    def train_iterator(self, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
+        """Endless batches: the rows of this process, a contiguous slice of each global batch.
+
+        The examples are shuffled anew each epoch; a batch may span two epochs, so none is dropped. The state,
+        `{"next_index": step}`, is the same on every process and for every number of processes.
+
+        Raises:
+          ValueError: batch_size is not divisible by process_count, or process_index is out of range.
+        """
+        examples = grain.MapDataset.source(self.train).seed(self.seed).shuffle().repeat()
+        return self._batches(examples.__getitem__, sys.maxsize, process_index, process_count)
+
+    def validation_batches(
+        self, num_batches: int | None = None, process_index: int = 0, process_count: int = 1
+    ) -> grain.DatasetIterator[Batch]:
+        """Every validation example exactly once, or the first `num_batches` batches, in one shuffled order.
+
+        The order depends on the number of examples only, so the first batches are a fair sample and the same
+        in every run. The last batch is filled up with examples of zeros, whose weights are zero.
+
+        Raises:
+          ValueError: as `train_iterator`, or num_batches < 1.
+        """
+        if num_batches is not None and num_batches < 1:
+            raise ValueError(f"num_batches: got {num_batches}; allowed: >= 1, or None for all")
+        examples = grain.MapDataset.source(self.validation).shuffle(seed=0)
+        padding = {name: np.zeros_like(x) for name, x in examples[0].items()}
+        whole = -(-len(examples) // self.batch_size)
+        return self._batches(
+            lambda i: examples[i] if i < len(examples) else padding,
+            whole if num_batches is None else min(num_batches, whole),
+            process_index,
+            process_count,
+        )
+
+    def _batches(
+        self, example: Callable[[int], Any], num_batches: int, process_index: int, process_count: int
+    ) -> grain.DatasetIterator[Batch]:
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f"process_index: got {process_index}; allowed: 0 to process_count - 1 = {process_count - 1}"
+            )
+        if self.batch_size % process_count:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is not divisible by the {process_count} processes"
+            )
+        rows = self.batch_size // process_count
+
+        def batch(step: int) -> Batch:
+            first = step * self.batch_size + process_index * rows
+            examples = [example(i) for i in range(first, first + rows)]
+            return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+
+        return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(READ_OPTIONS))

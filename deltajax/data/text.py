@@ -1,0 +1,128 @@
+"""Text as a task: a corpus and a tokenizer become packed windows for a language model."""
+
+import dataclasses
+import gzip
+import lzma
+
+import numpy as np
+from jaxtyping import Int
+
+from deltajax.data import documents, shards
+from deltajax.data.loader import Dataset
+from deltajax.data.packing import Documents, PackedWindows
+from deltajax.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train on.
+
+    Attributes:
+      corpus: see `documents.find_files`; or the folder that `python -m deltajax.data.convert` wrote.
+      tokenizer: "byte", or the path of a Hugging Face `tokenizers` JSON file.
+      seq_len: L, predictions per window, >= 1.
+      batch_size: windows per global batch, >= 1.
+      seed: of the order of the windows, in [0, 2**32).
+      validation_fraction: expected part of the documents that is held out, in (0, 1).
+
+    Raises:
+      ValueError: a field is out of its range.
+    """
+
+    corpus: str = "stdlib"
+    tokenizer: str = "byte"
+    seq_len: int = 512
+    batch_size: int = 16
+    seed: int = 0
+    validation_fraction: float = 0.05
+
+    def __post_init__(self):
+        """Check every field."""
+        for name in ("corpus", "tokenizer"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name}: got {value!r}; allowed: a string that is not empty")
+        for name, low, high in (("seq_len", 1, 2**31), ("batch_size", 1, 2**31), ("seed", 0, 2**32)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+                raise ValueError(f"{name}: got {value!r}; allowed: an integer in [{low}, {high})")
+        check_validation_fraction(self.validation_fraction)
+
+
+def check_validation_fraction(value: float) -> None:
+    """Raise ValueError unless the value is a number in (0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(
+            f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded"
+        )
+
+
+def load(config: Config) -> Dataset:
+    """Find, tokenise and pack the corpus.
+
+    Raises:
+      FileNotFoundError: the corpus or the tokenizer's file does not exist.
+      ValueError: no text in a split, or shards that are foreign, torn or made with other settings.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    train: Documents
+    validation: Documents
+    if shards.is_converted(config.corpus):
+        train, validation, text = shards.open_shards(config.corpus, tokenizer, config.validation_fraction)
+    else:
+        train, validation, text = _tokenise(config, tokenizer)
+    sources = {}
+    for split, docs in (("train", train), ("validation", validation)):
+        sources[split] = PackedWindows(docs, config.seq_len)
+        if not len(sources[split]):
+            raise ValueError(
+                f"corpus: {config.corpus!r} has no text in its {split} split at validation_fraction = "
+                f"{config.validation_fraction}; allowed: a corpus with text in both (files are drawn whole)"
+            )
+    return Dataset(
+        **sources,
+        vocab_size=tokenizer.vocab_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        validation_text=text,
+        bytes_per_target=len(text) / int(np.sum(validation.lengths - 1)),
+    )
+
+
+class TokensInMemory:
+    """Documents as one flat array in the smallest integer type that holds the vocabulary."""
+
+    def __init__(self, tokens: list[Int[np.ndarray, "T"]], vocab_size: int):
+        self.lengths = np.array([len(t) for t in tokens], np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._tokens = np.concatenate(
+            tokens or [np.zeros(0, int)], dtype=np.min_scalar_type(vocab_size - 1), casting="unsafe"
+        )
+
+    def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "stop-start"]:
+        """Tokens [start, stop) of one document."""
+        offset = self._ends[document] - self.lengths[document]
+        return self._tokens[offset + start : offset + stop]
+
+
+def _tokenise(config: Config, tokenizer: Tokenizer) -> tuple[TokensInMemory, TokensInMemory, bytes]:
+    tokens: dict[documents.Split, list[np.ndarray]] = {split: [] for split in documents.SPLITS}
+    text = []
+    for split, content in documents.read_documents(config.corpus, config.validation_fraction):
+        tokens[split].append(tokenizer.encode(content).astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
+        if split == "validation":
+            text.append(content)
+    train, validation = (TokensInMemory(tokens[split], tokenizer.vocab_size) for split in documents.SPLITS)
+    return train, validation, b"".join(text)
+
+
+def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
+    """Bits per byte of `gzip -9` and `xz -9` on the same text, to stand beside a model's.
+
+    All documents are compressed as one stream, which favours the compressors: they may copy from earlier
+    documents, while the model sees one document at a time. They have, on the other hand, seen no training
+    text.
+    """
+    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
