@@ -17,7 +17,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 # Tried in order when the caller names none.
-DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "gpu": ("reference",), "tpu": ("reference",)}
+DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
 
 
 def delta_product(

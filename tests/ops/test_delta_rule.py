@@ -1,0 +1,248 @@
+"""Every implementation against the recurrence in float64: outputs, states and gradients of every argument."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from deltajax.ops import delta_product, delta_product_step, delta_rule
+from deltajax.ops.delta_rule.api import DEFAULTS, IMPLEMENTATIONS
+
+NAMES = ("q", "k", "v", "beta", "g", "initial_state")
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(seed, b, t, r, h, hv, key_dim, value_dim, gate=None, beta=None, cosine=0.0, dtype="float32"):
+    """Unit keys with the given cosine between them; arguments by name, in `dtype`."""
+    rng = np.random.default_rng(seed)
+
+    def unit(*shape):
+        x = rng.normal(size=shape)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    # Split the dimensions so that the common part is orthogonal to the rest and the cosine is exact on average.
+    k = np.sqrt(cosine) * unit(b, 1, 1, h, key_dim) + np.sqrt(1 - cosine) * unit(b, t, r, h, key_dim)
+    arguments = {
+        "q": unit(b, t, h, key_dim),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": rng.normal(size=(b, t, r, hv, value_dim)),
+        "beta": rng.uniform(0, 2, (b, t, r, hv)) if beta is None else np.full((b, t, r, hv), beta),
+        "initial_state": rng.normal(size=(b, hv, key_dim, value_dim)),
+    }
+    if gate is not None:
+        shape = (b, t, hv, key_dim) if gate == "channel" else (b, t, hv)
+        arguments["g"] = -np.exp(rng.normal(size=shape) * 2 - 3)
+        if gate == "strong":  # long memory broken by near-complete erasure: cumulative sums would cancel
+            arguments["g"] = np.where(rng.uniform(size=shape) < 0.05, -50.0, -1e-3)
+    return {name: jnp.asarray(x, dtype) for name, x in arguments.items()}
+
+
+def evaluate(arguments, implementation, segment_ids=None, scale=None):
+    """(outputs, gradients) of a random projection of both outputs, as float64 arrays by name."""
+
+    def loss(arguments, weights):
+        o, state = delta_product(
+            *(arguments.get(name) for name in NAMES[:5]),
+            initial_state=arguments["initial_state"],
+            segment_ids=segment_ids,
+            scale=scale,
+            implementation=implementation,
+        )
+        total = sum(jnp.sum(w * x.astype(jnp.float64)) for w, x in zip(weights, (o, state), strict=True))
+        return total, {"o": o, "final_state": state}
+
+    b, t, _, hv, value_dim = arguments["v"].shape
+    rng = np.random.default_rng(99)
+    weights = (
+        jnp.asarray(rng.normal(size=(b, t, hv, value_dim))),
+        jnp.asarray(rng.normal(size=arguments["initial_state"].shape)),
+    )
+    gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(arguments, weights)
+    return outputs, gradients
+
+
+def relative_rms(actual, expected):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    return np.sqrt(np.sum((actual - expected) ** 2) / max(np.sum(expected**2), 1e-300))
+
+
+def compare(arguments, implementation, output_tolerance, gradient_tolerance, **keywords):
+    exact = jax.tree.map(lambda x: x.astype(jnp.float64), arguments)
+    expected = evaluate(exact, "reference", **keywords)
+    actual = evaluate(arguments, implementation, **keywords)
+    for group, tolerance in zip((0, 1), (output_tolerance, gradient_tolerance), strict=True):
+        for name, x in expected[group].items():
+            assert np.all(np.isfinite(np.asarray(actual[group][name], np.float64))), name
+            assert relative_rms(actual[group][name], x) < tolerance, (name, relative_rms(actual[group][name], x))
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(
+    b=st.integers(1, 3),
+    t=st.integers(0, 70),
+    r=st.integers(1, 4),
+    h=st.integers(1, 2),
+    group=st.integers(1, 3),
+    key_dim=st.integers(1, 9),
+    value_dim=st.integers(1, 9),
+    gate=st.sampled_from([None, "scalar", "channel", "strong"]),
+    segmented=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_any_shape(b, t, r, h, group, key_dim, value_dim, gate, segmented, seed):
+    arguments = draw(seed, b, t, r, h, h * group, key_dim, value_dim, gate, dtype="float64")
+    segments = jnp.asarray(np.random.default_rng(seed).integers(0, 2, (b, t)) if segmented else np.zeros((b, t)), int)
+    for name in FAST:
+        compare(arguments, name, 1e-11, 1e-10, segment_ids=segments if segmented else None, scale=0.7)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(
+    ("steps", "gate", "beta", "cosine"),
+    [(1, None, 2.0, 0.95), (4, None, 2.0, 0.95), (3, "scalar", 2.0, 0.95), (2, "channel", 2.0, 0.95), (1, "strong", 1.0, 0.5)],
+)  # fmt: skip
+def test_accuracy_float32(implementation, steps, gate, beta, cosine):
+    compare(draw(0, 1, 4096, steps, 1, 1, 64, 64, gate, beta, cosine), implementation, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(("steps", "gate"), [(1, "scalar"), (4, None), (1, "channel")])
+def test_accuracy_bfloat16(implementation, steps, gate):
+    compare(draw(1, 1, 1024, steps, 1, 2, 64, 64, gate, 2.0, 0.5, "bfloat16"), implementation, 1e-2, 2e-2)
+
+
+@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("change", ["g=-50", "g=-inf", "beta=0", "k=0", "k=v=0", "T=1", "T=0"])
+def test_degenerate_inputs_stay_finite_and_right(implementation, change):
+    length = {"T=1": 1, "T=0": 0}.get(change, 70)
+    arguments = draw(2, 2, length, 2, 1, 2, 8, 4, "scalar")
+    for name in {"g=-50": "g", "g=-inf": "g", "beta=0": "beta", "k=0": "k", "k=v=0": "kv"}.get(change, ""):
+        name = "beta" if change.startswith("beta") else name
+        if name in arguments:
+            arguments[name] = jnp.full_like(arguments[name], float(change.split("=")[-1]))
+    compare(arguments, implementation, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+def test_segments_equal_separate_documents(implementation):
+    """An id may come back: only a change resets. The initial state belongs to the first document."""
+    arguments = draw(3, 1, 90, 2, 2, 2, 8, 8, "channel", dtype="float64")
+    bounds = [0, 1, 33, 64, 90]
+    ids = jnp.asarray(np.repeat([5, 7, 5, 1], np.diff(bounds)))[None]
+    tokens = [arguments[name] for name in NAMES[:5]]
+    call = functools.partial(delta_product, implementation=implementation)
+    o, state = call(*tokens, initial_state=arguments["initial_state"], segment_ids=ids)
+    initial = arguments["initial_state"]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        expected, last = call(*(x[:, start:stop] for x in tokens), initial_state=initial)
+        np.testing.assert_allclose(o[:, start:stop], expected, rtol=1e-9, atol=1e-12)
+        initial = None
+    np.testing.assert_allclose(state, last, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", [None, "scalar", "channel"])
+def test_step_continues_a_sequence(gate):
+    arguments = draw(4, 2, 20, 3, 2, 4, 8, 6, gate, dtype="float64")
+    tokens = [arguments.get(name) for name in NAMES[:5]]
+    o, final = delta_product(*tokens, initial_state=arguments["initial_state"], implementation="chunked")
+    state = arguments["initial_state"]
+    for t in range(20):
+        o_t, state = delta_product_step(state, *(None if x is None else x[:, t] for x in tokens))
+        np.testing.assert_allclose(o_t, o[:, t], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(state, final, rtol=1e-9, atol=1e-12)
+
+
+def test_delta_rule_is_the_product_with_one_step():
+    a = draw(5, 2, 17, 1, 1, 2, 8, 4, "scalar")
+    tokens = (a["q"], a["k"][:, :, 0], a["v"][:, :, 0], a["beta"][:, :, 0], a["g"])
+    ids = jnp.asarray(np.arange(17) // 6)[None].repeat(2, 0)
+    expected = delta_product(*(a[name] for name in NAMES[:5]), scale=2.0, segment_ids=ids)
+    for x, y in zip(delta_rule(*tokens, scale=2.0, segment_ids=ids), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_under_vmap_and_remat(implementation):
+    a = draw(6, 3, 40, 2, 1, 2, 8, 4, "channel", dtype="float64")
+    tokens = [a[name] for name in NAMES[:5]]
+
+    def loss(*tokens):
+        o, state = delta_product(*tokens, implementation=implementation)
+        return jnp.sum(o**2) + jnp.sum(state**3)
+
+    expected = jax.grad(loss, argnums=range(5))(*tokens)
+    one = jax.grad(jax.checkpoint(lambda *x: loss(*(y[None] for y in x))), argnums=range(5))
+    for x, y in zip(jax.vmap(one)(*tokens), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_the_backward_keeps_inputs_and_few_states():
+    """Residuals beyond the inputs: one [K, V] state per block of chunks, far below one per token."""
+    t, dim = 4096, 16
+    a = draw(7, 1, t, 1, 1, 1, dim, dim, "scalar")
+    tokens = [a[name] for name in NAMES[:5]]
+    _, backward = jax.vjp(lambda *x: delta_product(*x, implementation="chunked"), *tokens)
+    kept = sum(x.size for x in jax.tree.leaves(backward))
+    inputs = sum(x.size for x in tokens)
+    assert kept - inputs < t / 32 * dim * dim + 1000
+
+
+def test_dtypes():
+    for dtype, state_dtype in (("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")):
+        a = draw(8, 1, 3, 1, 1, 1, 4, 4, "scalar", dtype=dtype)
+        o, state = delta_product(*(a[name] for name in NAMES[:5]))
+        assert (o.dtype, state.dtype) == (dtype, state_dtype)
+
+
+def test_every_default_exists():
+    assert {name for names in DEFAULTS.values() for name in names} <= set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ({"q": np.zeros((2, 5, 8))}, r"q must be \[B, T, H, K\], got shape \(2, 5, 8\)"),
+        ({"k": np.zeros((2, 5, 2, 1, 7))}, r"k must be .*\(2, 5, 2, 1, 8\).*got \(2, 5, 2, 1, 7\)"),
+        ({"v": np.zeros((2, 5, 0, 2, 4))}, "R >= 1"),
+        ({"v": np.zeros((2, 6, 2, 2, 4))}, "v must be"),
+        ({"q": np.zeros((2, 5, 3, 8))}, "2 heads, which is not a multiple of q's 3"),
+        ({"beta": np.zeros((2, 5, 2))}, "beta must be"),
+        ({"g": np.zeros((2, 5, 2, 7))}, "g must be .*HV, K"),
+        ({"g": np.zeros((2, 5))}, "g must be"),
+        ({"initial_state": np.zeros((2, 2, 4, 8))}, "initial_state must be"),
+        ({"segment_ids": np.zeros((2, 4), int)}, "segment_ids must be"),
+        ({"beta": np.zeros((2, 5, 2, 2), int)}, "beta must be a floating-point array, got int"),
+        ({"implementation": "chunky"}, "'chunky' is not one of chunked, reference"),
+        ({"implementation": ()}, "empty sequence"),
+    ],
+)
+def test_bad_arguments_are_named(replace, message):
+    arguments = draw(9, 2, 5, 2, 1, 2, 8, 4, "scalar") | {
+        name: x if name == "implementation" else jnp.asarray(x) for name, x in replace.items()
+    }
+    with pytest.raises(ValueError, match=message) as error:
+        delta_product(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_implementations_are_tried_in_order(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("needs a unicorn")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "picky", refuse)
+    a = draw(10, 1, 3, 1, 1, 1, 4, 4)
+    arguments = [a[name] for name in NAMES[:4]]
+    o, _ = delta_product(*arguments, implementation=("picky", "reference"))
+    np.testing.assert_array_equal(o, delta_product(*arguments, implementation="reference")[0])
+    with pytest.raises(NotImplementedError, match="picky: needs a unicorn"):
+        delta_product(*arguments, implementation="picky")
