@@ -1,0 +1,94 @@
+"""What every command line shares: flags, `--config.a.b=value` pairs, one-line errors, exit codes.
+
+Exit codes: 0 done; 2 usage (a ValueError: something the caller gave is wrong); 1 any other failure, Ctrl-C and SIGTERM
+included. `--debug` adds the traceback.
+"""
+
+import difflib
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import flags, logging
+
+from deltajax.training.errors import RunError
+
+
+def flag_values() -> flags.FlagValues:
+    """The flags that every command has, as a set of its own: in absl's global one two commands could not share names."""
+    values = flags.FlagValues()
+    flags.DEFINE_bool("debug", False, "print tracebacks", flag_values=values)
+    flags.DEFINE_bool("help", False, "print this help", flag_values=values)
+    return values
+
+
+def run(
+    action: Callable[[dict[str, str]], None], values: flags.FlagValues, doc: str, argv: Sequence[str] | None = None
+) -> int:
+    """Parse `argv`, call `action(config overrides)`, turn what it raises into one line and an exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    debug = "--debug" in argv
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.set_verbosity(logging.DEBUG if debug else logging.ERROR)  # Orbax is chatty
+    try:
+        overrides = _parse(argv, values)
+        if values.help:
+            print(doc.strip(), "\n", values.get_help().strip("\n"), sep="\n")
+        else:
+            action(overrides)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1, debug)
+    except flags.Error as error:
+        return _fail(str(error), 2, debug)
+    except ValueError as error:
+        return _fail(str(error), 2, debug)
+    except RunError as error:
+        return _fail(str(error), 1, debug)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}", 1, debug)
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error}", 1, debug)
+
+
+def _terminate(signum, frame):
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    first_line = message.strip().split("\n")[0]
+    print(f"error: {first_line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parse(argv: list[str], values: flags.FlagValues) -> dict[str, str]:
+    """Let absl parse its flags; `--config.x=value` and `--config.x value` are taken out before."""
+    rest, overrides = [], {}
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.")):
+            rest.append(argument)
+            continue
+        path, equals, text = argument.lstrip("-").removeprefix("config.").partition("=")
+        if not equals:
+            text = next(arguments, "--")
+            if text.startswith("--"):
+                raise ValueError(f"--config.{path}: a value is missing")
+        overrides[path] = text
+    if overrides and "config" not in values:
+        raise ValueError(f"--config.{next(iter(overrides))}: this command takes no config keys")
+    try:
+        positional = values(rest)[1:]
+    except flags.UnrecognizedFlagError as error:
+        name, _, key = error.flagname.partition(".")
+        nearest = difflib.get_close_matches(name, values, n=1)
+        hint = f"; did you mean --{nearest[0]}{'.' + key if key else ''}?" if nearest else ""
+        known = ", ".join(f"--{flag}" for flag in sorted(values))
+        raise ValueError(f"--{error.flagname}: no such flag{hint} (flags: {known})") from None
+    if positional:
+        raise ValueError(f"{positional[0]}: only flags are allowed, as --name=value")
+    return overrides

@@ -1,0 +1,203 @@
+"""Checkpoints in `workdir/checkpoints/<step>`: parameters, the rest of the state, and JSON of how to go on."""
+
+import fcntl
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from deltajax.training import serialize
+from deltajax.training.config import TrainConfig
+from deltajax.training.errors import RunError
+from deltajax.training.step import TrainState
+
+# Keys whose change makes a checkpoint's arrays unusable or gives them another meaning.
+ARCHITECTURE = ("model.", "optimizer.name", "data.tokenizer")
+
+
+@contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Hold `workdir` (made if missing) for one run; the kernel lets go of the lock even after kill -9.
+
+    Raises:
+      RunError: another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{workdir} is in use by another run; wait for it or choose another --workdir") from None
+        yield
+
+
+class Checkpoints:
+    """The checkpoints of one run: written in the background, the latest `keep` and the best one kept.
+
+    A directory gets its final name by one rename after everything is in it, so a kill leaves whole checkpoints only.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
+        """Leftovers of saves that never finished are removed unless `read_only`."""
+        self.directory = workdir.resolve() / "checkpoints"
+        if read_only and not self.steps():
+            raise RunError(f"no checkpoint in {self.directory}")
+        policy = AnyPreservationPolicy(
+            [LatestN(keep), BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=not read_only, read_only=read_only
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of whole checkpoints on disk, ascending."""
+        names = [path.name for path in self.directory.glob("*")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def best_step(self) -> int:
+        """The step with the lowest validation loss, else the latest."""
+        losses = {step: self._manager.metrics(step) for step in self.steps()}
+        scored = {step: _loss(m) for step, m in losses.items() if m}
+        return min(scored, key=scored.__getitem__) if scored else self.steps()[-1]
+
+    def save(
+        self, step: int, state: TrainState, config: TrainConfig, iterator: dict, best_loss: float, loss: float | None
+    ) -> None:
+        """Start to save; returns once the arrays are copied. The save before this one has finished by then.
+
+        Args:
+          iterator: state of the data iterator, JSON.
+          best_loss: lowest validation loss so far, in nats.
+          loss: validation loss at this very step, if it was measured.
+
+        Raises:
+          RunError: this save or the one before it failed.
+        """
+        rest = {k: getattr(state, k) for k in ("opt_state", "rng", "step", "skipped", "streak")}
+        progress = {"config": serialize.to_json(config), "iterator": iterator, "best_loss": best_loss}
+        with self._failures(f"the checkpoint of step {step} or the one before it"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    rest=ocp.args.StandardSave(rest),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+                metrics=None if loss is None else {"loss": loss},
+            )
+
+    def wait(self) -> None:
+        """Return when the last save is on disk.
+
+        Raises:
+          RunError: it failed.
+        """
+        with self._failures("the last checkpoint"):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait for the last save and free the threads."""
+        with self._failures("the last checkpoint"):
+            self._manager.close()
+
+    def restore(self, abstract: TrainState, config: TrainConfig) -> tuple[int, TrainState, dict] | None:
+        """(step, state, progress) of the newest checkpoint that can be read; None if there is none at all.
+
+        One that cannot be read is reported, and set aside so that its step can be saved again.
+
+        Raises:
+          RunError: there are checkpoints and none can be read.
+          ValueError: the checkpoint belongs to another model; the message names the keys.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            try:
+                progress = self.progress(step)
+                self._check_same(step, serialize.from_json(progress["config"]), config)
+                rest = {k: getattr(abstract, k) for k in ("opt_state", "rng", "step", "skipped", "streak")}
+                arrays = self._read(
+                    step, params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(rest)
+                )
+                state = TrainState(params=arrays["params"], **arrays["rest"])
+            except serialize.Mismatch as error:
+                raise ValueError(str(error)) from None
+            except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise
+                problems.append(f"step {step}: {_one_line(error)}")
+                continue
+            for torn in (s for s in self.steps() if s > step):
+                print(
+                    f"warning: checkpoint of step {torn} in {self.directory} cannot be read; using step {step}",
+                    file=sys.stderr,
+                )
+                self._set_aside(torn)
+            return step, state, progress
+        if problems:
+            raise RunError(f"no checkpoint in {self.directory} can be read; {'; '.join(problems)}")
+        return None
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """Parameters only, for inference.
+
+        Raises:
+          RunError: the checkpoint cannot be read.
+        """
+        try:
+            return self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
+        except Exception as error:
+            raise RunError(
+                f"checkpoint of step {step} in {self.directory} cannot be read: {_one_line(error)}"
+            ) from error
+
+    def progress(self, step: int) -> dict:
+        """The JSON part: `config`, `iterator`, `best_loss`."""
+        return self._read(step, progress=ocp.args.JsonRestore())["progress"]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _check_same(self, step: int, stored: TrainConfig, config: TrainConfig) -> None:
+        changed = [d for d in serialize.differences(stored, config) if d.startswith(ARCHITECTURE)]
+        if changed:
+            raise serialize.Mismatch(
+                f"the config disagrees with the checkpoint of step {step} in {self.directory}: {'; '.join(changed)}"
+            )
+
+    def _set_aside(self, step: int) -> None:
+        target = self.directory.parent / "unreadable_checkpoints" / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk reaches us as OSError, ValueError or XlaRuntimeError
+            good = self.steps()
+            kept = f"step {good[-1]} is kept" if good else "there is no earlier one"
+            raise RunError(f"{what} could not be written to {self.directory}: {_one_line(error)}; {kept}") from error
+
+
+def _loss(metrics: Any) -> float:
+    return metrics["loss"]
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def abstract_like(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
+    """`shapes` with one sharding for every array, as `restore_params` takes them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

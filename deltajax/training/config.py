@@ -1,0 +1,191 @@
+"""What a run is: one frozen, checked dataclass. An experiment file builds it in `get_config()`."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from deltajax.models import lm
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raise the one-line ValueError that every config check raises."""
+    if not condition:
+        raise ValueError(f"{key} must be {allowed}, got {value!r}")
+
+
+def _require_all(config: Any, allowed: str, accept: Any, *keys: str) -> None:
+    for key in keys:
+        require(accept(getattr(config, key)), key, getattr(config, key), allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW, or Muon for the weight matrices and AdamW for everything else.
+
+    Attributes:
+      name: "adamw" (arXiv 1711.05101) or "muon" (arXiv 2502.16982; its update scale suits AdamW's rates).
+      learning_rate: the schedule's peak.
+      weight_decay: multiplied by the learning rate; parameters whose spec says `weight_decay=False` are exempt.
+      b1, b2, eps: Adam's moments.
+      momentum: Muon's.
+      clip_norm: largest global gradient norm; None: no clipping.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        """Check ranges."""
+        require(self.name in ("adamw", "muon"), "name", self.name, "one of adamw, muon")
+        _require_all(self, "> 0 and finite", lambda x: 0 < x < math.inf, "learning_rate", "eps")
+        _require_all(self, ">= 0 and finite", lambda x: 0 <= x < math.inf, "weight_decay")
+        _require_all(self, "in [0, 1)", lambda x: 0 <= x < 1, "b1", "b2", "momentum")
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0 or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate over the run: linear warm-up, a plateau, a decay to `final_fraction` of the peak at the last step.
+
+    Attributes:
+      decay: shape of the decay; "constant" never decays.
+      warmup_steps: updates until the peak is reached.
+      decay_steps: length of the decay at the end of the run, the plateau before it (warmup-stable-decay,
+        arXiv 2404.06395); None: decay begins when warm-up ends.
+      final_fraction: last learning rate over peak, in [0, 1].
+    """
+
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int | None = None
+    final_fraction: float = 0.1
+
+    def __post_init__(self):
+        """Check ranges."""
+        require(self.decay in ("cosine", "linear", "constant"), "decay", self.decay, "cosine, linear or constant")
+        _require_all(self, ">= 0", lambda x: x >= 0, "warmup_steps")
+        require(self.decay_steps is None or self.decay_steps > 0, "decay_steps", self.decay_steps, "> 0 or none")
+        _require_all(self, "in [0, 1]", lambda x: 0 <= x <= 1, "final_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Sizes of the device mesh's axes; at most one is -1: all the devices that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        """Check ranges."""
+        _require_all(self, ">= 1 or -1", lambda x: x == -1 or x >= 1, "data", "fsdp", "tensor")
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(sizes.count(-1) <= 1, "(data, fsdp, tensor)", sizes, "at most one -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When to save (also at the last step, at each best validation loss and when interrupted) and how many to keep."""
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self):
+        """Check ranges."""
+        _require_all(self, ">= 1", lambda x: x >= 1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """When to evaluate (also at the last step) and on how many validation batches; None: all of them."""
+
+    every: int = 500
+    batches: int | None = None
+
+    def __post_init__(self):
+        """Check ranges."""
+        _require_all(self, ">= 1", lambda x: x >= 1, "every")
+        require(self.batches is None or self.batches >= 1, "batches", self.batches, ">= 1 or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class NonFinite:
+    """A non-finite loss or gradient norm skips the update; the run aborts after more skips than these."""
+
+    max_consecutive: int = 10
+    max_total: int = 100
+
+    def __post_init__(self):
+        """Check ranges."""
+        _require_all(self, ">= 0", lambda x: x >= 0, "max_consecutive", "max_total")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from the logits.
+
+    Attributes:
+      max_tokens: tokens to draw.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: only the k most likely tokens; None: all.
+      top_p: only the smallest set of tokens with at least this probability (nucleus, arXiv 1904.09751).
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+
+    def __post_init__(self):
+        """Check ranges."""
+        _require_all(self, ">= 1", lambda x: x >= 1, "max_tokens")
+        _require_all(self, ">= 0 and finite", lambda x: 0 <= x < math.inf, "temperature")
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, ">= 1 or none")
+        _require_all(self, "in (0, 1]", lambda x: 0 < x <= 1, "top_p")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+      model, data: what is trained on what.
+      steps: batches to consume; a batch whose update was skipped counts.
+      seed: of the initial parameters and the final sample (the data have their own).
+      grad_accumulation: microbatches per step; memory falls, the update stays the same.
+      log_every: steps between rows of metrics.
+      prompt: beginning of the sample written when the run ends.
+    """
+
+    model: lm.Config
+    data: Any  # a task's config: a key of data.LOADERS
+    steps: int
+    seed: int = 0
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    mesh: Mesh = Mesh()
+    grad_accumulation: int = 1
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    nonfinite: NonFinite = NonFinite()
+    log_every: int = 10
+    prompt: str = ""
+    sampling: Sampling = Sampling()
+
+    def __post_init__(self):
+        """Check ranges and what the parts must agree on."""
+        _require_all(self, ">= 1", lambda x: x >= 1, "steps", "grad_accumulation", "log_every")
+        _require_all(self, ">= 0", lambda x: x >= 0, "seed")
+        warmup = self.schedule.warmup_steps
+        require(warmup < self.steps, "schedule.warmup_steps", warmup, f"< steps = {self.steps}")
+        decay = self.schedule.decay_steps
+        longest = self.steps - warmup
+        require(
+            decay is None or decay <= longest, "schedule.decay_steps", decay, f"<= steps - warmup_steps = {longest}"
+        )

@@ -1,0 +1,220 @@
+"""A run from its config to its plot: restore or initialise, train, evaluate, save, finish."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deltajax import data
+from deltajax.layers.param import count_params
+from deltajax.models import lm
+from deltajax.training import mesh as mesh_lib
+from deltajax.training import metrics, optimizer, sampling, serialize
+from deltajax.training.checkpoint import Checkpoints, lock
+from deltajax.training.config import TrainConfig
+from deltajax.training.errors import RunError
+from deltajax.training.step import Step, TrainState
+
+
+def run(config: TrainConfig, workdir: Path) -> None:
+    """Train until `config.steps`, continuing what `workdir` holds; checkpoints, metrics, plot and sample go there.
+
+    Raises:
+      ValueError: the config does not fit the devices, the data or the checkpoint.
+      RunError: stopped by a signal, by updates that stay non-finite, by an unreadable checkpoint or a failed save.
+    """
+    with lock(workdir), contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
+        step = make_step(config)
+        restored = checkpoints.restore(step.abstract, config)
+        summary = workdir / "summary.json"
+        if restored and restored[0] >= config.steps and summary.exists():
+            print(f"The run in {workdir} is complete: {_describe(json.loads(summary.read_text()))}.")
+            print("To continue it give a larger --config.steps; to start anew another --workdir.")
+            return
+        summary.unlink(missing_ok=True)
+        dataset = data.load(config.data)
+        _check_vocabulary(config, dataset)
+        run = Run(config, workdir, checkpoints, step, dataset, restored)
+        with contextlib.closing(run):
+            run.train()
+            run.finish()
+
+
+def make_step(config: TrainConfig) -> Step:
+    """The compiled functions that a config asks for, on this machine's devices."""
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
+    schedule = optimizer.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
+    tx = optimizer.make_optimizer(config.optimizer, schedule, lm.param_specs(config.model))
+    return Step(config.model, tx, schedule, mesh, config.grad_accumulation)
+
+
+class Run:
+    """What the loop holds: the state, the data's position, and where numbers go."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        step: Step,
+        dataset: data.Dataset,
+        restored: tuple[int, TrainState, dict] | None,
+    ):
+        self.config, self.workdir, self.checkpoints, self.dataset = config, workdir, checkpoints, dataset
+        self.compiled = step
+        self.bits_per_nat = 1 / (math.log(2) * dataset.bytes_per_target)
+        self.iterator = dataset.train_iterator(jax.process_index(), jax.process_count())
+        self.best_loss = math.inf
+        self.step = 0
+        if restored:
+            self.step, self.state, progress = restored
+            self.iterator.set_state(progress["iterator"])
+            self.best_loss = progress["best_loss"]
+            changed = serialize.differences(serialize.from_json(progress["config"]), config)
+            print(f"continuing after step {self.step}" + (f" with changed {'; '.join(changed)}" if changed else ""))
+        else:
+            self.state = step.init(config.seed)
+            parameters = count_params(lm.param_specs(config.model))
+            print(f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s)")
+        self.writer = metrics.Writer(workdir, self.step)
+        self.progress = metrics.Progress(self.step, config.steps)
+        self._clock, self._tokens = time.perf_counter(), 0.0
+
+    def close(self) -> None:
+        """Close files and bar."""
+        self.progress.close()
+        self.writer.close()
+
+    def train(self) -> None:
+        """Loop in a fixed order: a checkpoint of step N follows the rows of step N, so a resumed run has them all."""
+        config = self.config
+        unread = None
+        with _StopRequest() as stop:
+            while self.step < config.steps:
+                # 1. Dispatch the next step; nothing may move between host and device unasked.
+                with jax.transfer_guard("disallow"):
+                    batch = self.compiled.put(next(self.iterator))
+                    self.state, values = self.compiled.train(self.state, batch)
+                # 2. While it computes, read the step before.
+                if unread is not None:
+                    self._report(self.step, unread)
+                self.step, unread = self.step + 1, values
+                last = self.step == config.steps
+                evaluate = last or self.step % config.evaluation.every == 0
+                save = last or self.step % config.checkpoint.every == 0 or stop.signal is not None
+                # 3. Evaluate and save, after this step's own row.
+                if evaluate or save:
+                    self._report(self.step, unread)
+                    unread = None
+                    loss = self._evaluate() if evaluate else None
+                    if save or (loss is not None and loss == self.best_loss):
+                        self._save(loss)
+                # 4. Leave when asked to.
+                if stop.signal is not None and save and not last:
+                    self.checkpoints.wait()
+                    raise RunError(
+                        f"stopped by {stop.signal.name}; step {self.step} is saved, the same command continues"
+                    )
+
+    def finish(self) -> None:
+        """Plot, sample and summary; the summary is written last and marks the run as complete."""
+        self.checkpoints.wait()
+        config = self.config
+        rows = metrics.read_rows(self.workdir)
+        result: dict[str, Any] = {"steps": self.step}
+        result |= {k: v for row in rows for k, v in row.items() if k in ("validation_loss", "bits_per_byte")}
+        if self.dataset.validation_text:
+            result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
+        plot = self.workdir / "loss.png"
+        metrics.plot(self.workdir, self.bits_per_nat, result.get("baselines", {}), plot)
+        if self.dataset.tokenizer is not None:
+            key = jax.random.fold_in(jax.random.wrap_key_data(self.state.rng), self.step)
+            text = sampling.continue_text(
+                self.state.params, config.model, self.dataset.tokenizer, config.prompt.encode(), key, config.sampling
+            )
+            (self.workdir / "sample.txt").write_bytes(text)
+            self.progress.say(f"--- sample ---\n{text.decode(errors='replace')}\n--------------")
+        temporary = self.workdir / "summary.json.tmp"
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, self.workdir / "summary.json")
+        self.progress.say(f"The run in {self.workdir} is complete: {_describe(result)}.")
+
+    def _report(self, step: int, values: dict[str, jax.Array]) -> None:
+        row = {k: float(v) for k, v in jax.device_get(values).items()}
+        limits = self.config.nonfinite
+        if row["streak"] > limits.max_consecutive or row["skipped"] > limits.max_total:
+            kept = self.checkpoints.steps()
+            raise RunError(
+                f"non-finite loss or gradient at step {step}: {row['streak']:.0f} updates in a row and "
+                f"{row['skipped']:.0f} in all were skipped (allowed: {limits.max_consecutive} and {limits.max_total}); "
+                + (f"last good checkpoint: step {kept[-1]}" if kept else "no checkpoint was saved yet")
+            )
+        self._tokens += row.pop("tokens")
+        if step % self.config.log_every and step not in (1, self.config.steps):
+            return
+        now = time.perf_counter()
+        row["tokens_per_second"] = self._tokens / (now - self._clock)
+        self._clock, self._tokens = now, 0.0
+        self.writer.write(step, **row)
+        self.progress.update(step, row["loss"], row["tokens_per_second"])
+
+    def _evaluate(self) -> float:
+        """Validation loss in nats per target; written, shown and compared with the best."""
+        started = time.perf_counter()
+        batches = self.dataset.validation_batches(
+            self.config.evaluation.batches, jax.process_index(), jax.process_count()
+        )
+        sums = [self.compiled.evaluate(self.state.params, self.compiled.put(batch)) for batch in batches]
+        total, weight = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
+        loss = float(total / weight)
+        self.best_loss = min(self.best_loss, loss)
+        bits = loss * self.bits_per_nat
+        self.writer.write(self.step, validation_loss=loss, bits_per_byte=bits)
+        self.progress.say(f"step {self.step}: validation {bits:.3f} bits per byte (loss {loss:.4f})")
+        self._clock += time.perf_counter() - started  # tokens/s counts training only
+        return loss
+
+    def _save(self, loss: float | None) -> None:
+        self.checkpoints.save(self.step, self.state, self.config, self.iterator.get_state(), self.best_loss, loss)
+
+
+class _StopRequest:
+    """Turns the first SIGINT or SIGTERM into `signal`; a second one interrupts at once."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+def _check_vocabulary(config: TrainConfig, dataset: data.Dataset) -> None:
+    if config.model.vocab_size < dataset.vocab_size:
+        raise ValueError(
+            f"model.vocab_size must be >= {dataset.vocab_size}, the data's vocabulary, got {config.model.vocab_size}"
+        )
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    baselines = ", ".join(f"{name} {value:.3f}" for name, value in summary.get("baselines", {}).items())
+    return f"{summary['steps']} steps, validation {summary['bits_per_byte']:.3f} bits per byte" + (
+        f" ({baselines} on the same text)" if baselines else ""
+    )

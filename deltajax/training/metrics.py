@@ -1,0 +1,96 @@
+"""Numbers of a run: rows in `metrics.jsonl` and TensorBoard, a progress bar, the final plot."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import tensorboardX
+import tqdm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+FILE = "metrics.jsonl"
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """All rows; a last line that a kill left unfinished is ignored."""
+    path = workdir / FILE
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Writer:
+    """Appends rows; a resumed run first drops those of steps that it will do again, so that no step appears twice."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Continue after `step`."""
+        rows = [row for row in read_rows(workdir) if row["step"] <= step]
+        path, whole = workdir / FILE, workdir / f"{FILE}.tmp"
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(whole, path)
+        self._file = open(path, "a", buffering=1)  # by line: a row survives a kill  # noqa: SIM115
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """One row."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """A bar with loss, speed and time left on a terminal; elsewhere one line per tenth of the run."""
+
+    def __init__(self, step: int, steps: int):
+        self._bar = tqdm.tqdm(initial=step, total=steps, unit="step", disable=not sys.stderr.isatty())
+        self._steps = steps
+        self._tenths = step * 10 // steps
+        self._started = step
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show `step`."""
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.update(step - self._bar.n)
+        if self._bar.disable and step * 10 // self._steps > self._tenths:
+            self._tenths = step * 10 // self._steps
+            print(f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the bar."""
+        self._bar.clear()
+        print(line, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+def plot(workdir: Path, bits_per_nat: float, baselines: dict[str, float], path: Path) -> None:
+    """Training and validation curves in bits per byte, with a line per baseline.
+
+    Args:
+      bits_per_nat: bits per byte for one nat per target.
+      baselines: name -> bits per byte.
+    """
+    rows = read_rows(workdir)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label in (("loss", "training"), ("validation_loss", "validation")):
+        points = [(row["step"], row[key] * bits_per_nat) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1 if key == "loss" else 2)
+    for style, (name, value) in zip(("--", ":", "-."), baselines.items(), strict=False):
+        axes.axhline(value, linestyle=style, color="gray", label=f"{name}: {value:.2f}")
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

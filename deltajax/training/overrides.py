@@ -1,0 +1,149 @@
+"""Replacing fields of nested frozen dataclasses by typed dotted path: `{"optimizer.learning_rate": "3e-4"}`."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def apply(config: Any, overrides: Mapping[str, str], prefix: str = "config") -> Any:
+    """A copy of `config` with the fields named by dotted paths replaced.
+
+    All overrides of one dataclass are applied together, so its checks see only the final values.
+
+    Args:
+      config: a frozen dataclass; its fields may hold dataclasses and mappings of them.
+      overrides: path -> text; the text is read as the field's annotated type.
+      prefix: what precedes every path in messages.
+
+    Raises:
+      ValueError: an unknown key (with the nearest), text of the wrong type, or what a dataclass' own check says.
+    """
+    tree: dict = {}
+    for path, text in overrides.items():
+        *groups, leaf = path.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--{prefix}.{path}: a key of this path is also given a value itself")
+        if isinstance(node.get(leaf), dict):
+            raise ValueError(f"--{prefix}.{path}: keys below this path are also given values")
+        node[leaf] = text
+    return _replace(config, tree, prefix)
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every field that is not itself a dataclass or mapping."""
+    for key, value in _children(config).items():
+        path = f"{prefix}.{key}" if prefix else key
+        if _is_group(value):
+            yield from leaves(value, path)
+        else:
+            yield path, value
+
+
+def _replace(node: Any, tree: Mapping[str, Any], path: str) -> Any:
+    children = _children(node)
+    hints = {} if isinstance(node, Mapping) else typing.get_type_hints(type(node))
+    changes = {}
+    for key, text in tree.items():
+        where = f"{path}.{key}"
+        if key not in children:
+            raise ValueError(_unknown_key(where, key, node, children))
+        value = children[key]
+        if isinstance(text, dict):
+            if not _is_group(value):
+                raise ValueError(f"--{where}.{next(iter(text))}: {where} is a value ({value!r}), it has no keys")
+            changes[key] = _replace(value, text, where)
+        elif _is_group(value):
+            raise ValueError(
+                f"--{where}={text}: {where} is a group; set one of its keys: {', '.join(_children(value))}"
+            )
+        else:
+            changes[key] = _parse(text, hints.get(key, type(value)), where)
+    if isinstance(node, Mapping):
+        return type(node)({**node, **changes})  # type: ignore[call-arg]
+    try:
+        return dataclasses.replace(node, **changes)
+    except ValueError as error:
+        given = " ".join(f"--{path}.{k}={v}" for k, v in tree.items() if not isinstance(v, dict)) or f"--{path}"
+        raise ValueError(f"{given}: {error}") from error
+
+
+def _is_group(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, Mapping)
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, Mapping):
+        return dict(node)
+    return {f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.init}
+
+
+def _unknown_key(where: str, key: str, node: Any, children: Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(key, children, n=1)
+    hint = f"; did you mean {where[: -len(key)]}{nearest[0]}?" if nearest else ""
+    if not nearest:  # the right key in the wrong group
+        below = [path for path, _ in leaves(node) if path.rsplit(".", 1)[-1] == key]
+        hint = f"; did you mean {where[: -len(key)]}{below[0]}?" if below else ""
+    return f"--{where}: no such key{hint} (keys here: {', '.join(children)})"
+
+
+def _parse(text: str, hint: Any, where: str) -> Any:
+    try:
+        return _read(text, hint)
+    except ValueError:
+        raise ValueError(f"--{where}={text}: must be {_describe(hint)}") from None
+
+
+def _read(text: str, hint: Any) -> Any:
+    """`text` as a value of type `hint`; a ValueError without a useful message if it is none."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for argument in sorted(arguments, key=lambda a: a is str):  # any text is a str, so that comes last
+            try:
+                return _read(text, argument)
+            except ValueError:
+                continue
+        raise ValueError
+    if origin is typing.Literal:
+        return {str(choice): choice for choice in arguments}[text] if text in map(str, arguments) else _reject()
+    if hint is type(None):
+        return None if text.lower() == "none" else _reject()
+    if hint is bool:
+        return _BOOLS[text.lower()] if text.lower() in _BOOLS else _reject()
+    if hint is int:
+        number = float(text) if any(c in text for c in ".eE") else int(text)
+        return int(number) if number == number // 1 else _reject()
+    if hint in (float, str):
+        return hint(text)
+    if hint is tuple or origin is tuple:
+        items = [item.strip() for item in text.strip("()").split(",") if item.strip()]
+        if not arguments or arguments[-1] is Ellipsis:
+            return tuple(_read(item, arguments[0] if arguments else str) for item in items)
+        if len(items) != len(arguments):
+            raise ValueError
+        return tuple(_read(item, argument) for item, argument in zip(items, arguments, strict=True))
+    raise ValueError
+
+
+def _reject() -> Any:
+    raise ValueError
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, arguments))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if hint is tuple or origin is tuple:
+        inner = ", ".join("..." if a is Ellipsis else _describe(a) for a in arguments)
+        return f"a comma-separated list ({inner})"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return names.get(hint, f"set in the experiment file ({hint})")
