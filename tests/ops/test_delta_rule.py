@@ -1,6 +1,7 @@
 """Every implementation against the recurrence in float64: outputs, states and gradients of every argument."""
 
 import functools
+import itertools
 
 import hypothesis
 import jax
@@ -143,7 +144,7 @@ def test_segments_equal_separate_documents(implementation):
     call = functools.partial(delta_product, implementation=implementation)
     o, state = call(*tokens, initial_state=arguments["initial_state"], segment_ids=ids)
     initial = arguments["initial_state"]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         expected, last = call(*(x[:, start:stop] for x in tokens), initial_state=initial)
         np.testing.assert_allclose(o[:, start:stop], expected, rtol=1e-9, atol=1e-12)
         initial = None

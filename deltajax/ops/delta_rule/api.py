@@ -117,9 +117,9 @@ def delta_product_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
     """One token of `delta_product`, for decoding: returns (o, new state). R = 1 is the delta rule."""
-    tokens = [None if x is None else x[:, None] for x in (q, k, v, beta, g)]
-    _check_shapes(*tokens, state, None)
-    state = state.astype(_state_dtype(*tokens, state))
+    one = slice(None), None
+    _check_shapes(q[one], k[one], v[one], beta[one], None if g is None else g[one], state, None)
+    state = state.astype(_state_dtype(q, k, v, beta, g, state))
     o, state = reference.step(state, q, k, v, beta, g, q.shape[-1] ** -0.5 if scale is None else scale)
     return o.astype(v.dtype), state
 

@@ -47,7 +47,7 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         return jnp.moveaxis(x.reshape(batch, blocks, chunks, tokens, *x.shape[2:]), 1, 0)
 
     def block(state, x):
-        """x [B, chunks, tokens, .., H, ..] -> [chunks, B, H, tokens, ..]."""
+        """X [B, chunks, tokens, .., H, ..] -> [chunks, B, H, tokens, ..]."""
         q, k, v, beta, g = jax.tree.map(lambda x: jnp.moveaxis(x.astype(dtype), 1, 0), x)
         q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (scale * q, k))
         q, k, v, beta = (jnp.moveaxis(x, axis, 2) for x, axis in ((q, 3), (k, 4), (v, 4), (beta, 4)))
@@ -96,7 +96,7 @@ def _block(state, q, k, v, beta, g, precision):
 
 
 def _decays(g, lead, dtype, precision):
-    """exp of the sum of gates from the chunk's start through each token, after each token to the end, and in all."""
+    """Exp of the sum of gates from the chunk's start through each token, after each token to the end, and in all."""
     if g is None:
         one = jnp.ones((*lead, 1, 1), dtype)
         return one, one, one[..., 0, :]

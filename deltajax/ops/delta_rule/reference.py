@@ -39,7 +39,8 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """Scan `step` over the tokens; shapes as in `api.delta_product`, `initial_state` in the dtype of the arithmetic."""
 
     def body(state, token):
-        o, state = step(state, *token, scale)
+        q, k, v, beta, g = token
+        o, state = step(state, q, k, v, beta, g, scale)
         return state, o
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, beta, g))

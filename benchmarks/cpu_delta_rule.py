@@ -1,0 +1,123 @@
+"""Gated delta rule on a CPU: ours against transformers' `torch_chunk_gated_delta_rule`, in turn on the same cores.
+
+    python -m benchmarks.cpu_delta_rule --peer_python=PYTHON_WITH_TORCH_AND_TRANSFORMERS
+
+The peer runs in a process of its own, which computes only when asked: rounds alternate ours and theirs, torch's threads are
+told to sleep between them, and the ratio is that of the minima. Prints a table and, with --csv, appends to a CSV file.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from deltajax.ops import delta_rule
+
+PEER = """
+import sys, time, torch
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as f
+B, T, H, K, threads = map(int, sys.argv[1:6])
+torch.set_num_threads(threads)
+torch.manual_seed(0)
+q, k, v = (torch.randn(B, T, H, K, requires_grad=True) for _ in range(3))
+g = (-torch.nn.functional.softplus(torch.randn(B, T, H))).requires_grad_()
+beta = torch.rand(B, T, H, requires_grad=True)
+call = lambda: f(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+for line in sys.stdin:
+    start = time.perf_counter()
+    if line.strip() == "forward":
+        with torch.no_grad():
+            call()
+    else:
+        torch.autograd.grad((call() ** 2).sum(), (q, k, v, g, beta))
+    print(time.perf_counter() - start, flush=True)
+"""
+
+_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "a Python with torch and transformers; without it only ours is timed")
+_ROUNDS = flags.DEFINE_integer("rounds", 30, "timed rounds of each", lower_bound=1)
+_SHAPE = flags.DEFINE_list("shape", ["1", "2048", "8", "64"], "B,T,H,K (V = K)")
+_CSV = flags.DEFINE_string("csv", None, "append the result to this file")
+
+
+def ours(batch, length, heads, dim):
+    """The two timed calls, compiled; L2 normalisation of q and k is inside, as in the peer's call."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (jax.random.normal(key, (batch, length, heads, dim)) for key in keys[:3])
+    beta = jax.random.uniform(keys[3], (batch, length, heads))
+    g = -jax.nn.softplus(jax.random.normal(keys[4], (batch, length, heads)))
+
+    def forward(q, k, v, beta, g):
+        q, k = (x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) for x in (q, k))
+        return delta_rule(q, k, v, beta, g)[0]
+
+    def loss(*arguments):
+        return jnp.sum(forward(*arguments) ** 2)
+
+    arguments = (q, k, v, beta, g)
+    compiled = {"forward": jax.jit(forward), "forward+backward": jax.jit(jax.grad(loss, argnums=range(5)))}
+
+    def run(what):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled[what](*arguments))
+        return time.perf_counter() - start
+
+    return run
+
+
+def peer(python, *shape):
+    """The same calls answered by a process with torch."""
+    environment = os.environ | {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    command = [python, "-c", PEER, *map(str, shape), str(os.cpu_count())]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+
+    def run(what):
+        assert process.stdin and process.stdout
+        print(what, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"--peer_python={python} could not run transformers' torch_chunk_gated_delta_rule")
+        return float(answer)
+
+    return run
+
+
+def main(_):
+    """Time, print, and append to the CSV file."""
+    shape = tuple(map(int, _SHAPE.value))
+    sides = {"deltajax": ours(*shape)}
+    if _PEER_PYTHON.value:
+        sides["transformers"] = peer(_PEER_PYTHON.value, *shape)
+    rows = []
+    for what in ("forward", "forward+backward"):
+        times = {name: [] for name in sides}
+        for _ in range(_ROUNDS.value + 2):
+            for name, run in sides.items():
+                times[name].append(run(what))
+        best = {name: 1e3 * np.min(t[2:]) for name, t in times.items()}
+        median = {name: 1e3 * np.median(t[2:]) for name, t in times.items()}
+        ratio = best["transformers"] / best["deltajax"] if "transformers" in best else float("nan")
+        for name in sides:
+            rows.append([what, name, *shape, f"{best[name]:.1f}", f"{median[name]:.1f}", f"{ratio:.2f}"])
+    header = ["pass", "library", "B", "T", "H", "K", "min_ms", "median_ms", "ratio_of_minima"]
+    for row in [header, *rows]:
+        print("".join(f"{x!s:>18}" for x in row))
+    if _CSV.value:
+        machine = f"{os.cpu_count()} CPU cores, jax {jax.__version__}, Python {sys.version_info[0]}.{sys.version_info[1]}"
+        new = not os.path.exists(_CSV.value)
+        with open(_CSV.value, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow([*header, "date", "machine"])
+            writer.writerows([*row, time.strftime("%Y-%m-%d"), machine] for row in rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
