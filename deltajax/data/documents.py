@@ -41,29 +41,27 @@ def find_files(corpus: str) -> list[Path]:
         root = Path(sysconfig.get_path("stdlib"))
         files = [f for f in root.rglob("*.py") if not STDLIB_EXCLUDED.intersection(f.relative_to(root).parts)]
         return sorted(f for f in files if f.is_file())
-    parts = [corpus] if Path(corpus).exists() else corpus.split(",")
-    return sorted({file for part in parts for file in _files_of_part(part.strip())})
+    parts = [corpus] if Path(corpus).expanduser().exists() else [part.strip() for part in corpus.split(",")]
+    return sorted({file for part in parts for file in _files_of_part(part)})
 
 
 def _files_of_part(part: str) -> list[Path]:
     path = Path(part).expanduser()
-    if part and path.is_dir():
-        inside = (f for f in path.rglob("*") if not any(p.startswith(".") for p in f.relative_to(path).parts))
-        files = [f for f in inside if f.is_file()]
-        if not files:
-            raise ValueError(f"corpus: the folder {part!r} holds no files; allowed: {ALLOWED}")
-    elif part and path.is_file():
-        files = [path]
-    else:
-        files = [f for f in map(Path, glob.glob(str(path), recursive=True)) if part and f.is_file()]
-        if not files:
-            raise FileNotFoundError(f"corpus: nothing found at {part!r}; allowed: {ALLOWED}")
+    found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+    if not part or not found:
+        raise FileNotFoundError(f"corpus: nothing found at {part!r}; allowed: {ALLOWED}")
+    files = [file for path in found for file in (_files_in(path) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"corpus: the folder {part!r} holds no files; allowed: {ALLOWED}")
     for file in files:
         if file.suffix == SHARD_SUFFIX:
-            raise ValueError(
-                f"corpus: {str(file)!r} is a shard, not text; allowed: the whole converted folder, alone"
-            )
+            raise ValueError(f"corpus: {str(file)!r} is a shard, not text; allowed: the whole converted folder, alone")
     return files
+
+
+def _files_in(folder: Path) -> list[Path]:
+    visible = (f for f in folder.rglob("*") if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+    return [f for f in visible if f.is_file()]
 
 
 def split_of(content: bytes, validation_fraction: float) -> Split:

@@ -94,9 +94,7 @@ class Dataset:
                 f"process_index: got {process_index}; allowed: 0 to process_count - 1 = {process_count - 1}"
             )
         if self.batch_size % process_count:
-            raise ValueError(
-                f"batch_size: {self.batch_size} is not divisible by the {process_count} processes"
-            )
+            raise ValueError(f"batch_size: {self.batch_size} is not divisible by the {process_count} processes")
         rows = self.batch_size // process_count
 
         def batch(step: int) -> Batch:

@@ -1,6 +1,6 @@
 """ArrayRecord shards: a corpus tokenised once, read at random.
 
-A folder of shards holds `index.json`, written last, `validation.txt`, the raw validation documents for the
+A folder of shards holds `INDEX`, written last, `validation.txt`, the raw validation documents for the
 comparison with compressors, and per split files of records. A record is at most `RECORD_TOKENS` tokens of one
 document, so that a window of a long document does not read all of it. Document i lives in shard i mod N: the
 shards stay balanced and the place of each record follows from the documents' lengths.
@@ -9,6 +9,7 @@ shards stay balanced and the place of each record follows from the documents' le
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from jaxtyping import Int
 from deltajax.data.documents import SHARD_SUFFIX, SPLITS, Split
 from deltajax.data.tokenizer import Tokenizer
 
+INDEX = "deltajax-shards.json"
 FORMAT = "deltajax shards 1"
 RECORD_TOKENS = 8192
 
 
 def is_converted(corpus: str) -> bool:
     """Whether the path is a folder with an index, which only a completed conversion has."""
-    return (Path(corpus).expanduser() / "index.json").is_file()
+    return (Path(corpus).expanduser() / INDEX).is_file()
 
 
 def write_shards(
@@ -51,6 +53,7 @@ def write_shards(
 
     Raises:
       FileExistsError: the folder exists.
+      OSError: the disk is full, or the folder cannot be written.
       ValueError: num_shards < 1.
     """
     output = Path(output).expanduser()
@@ -58,27 +61,26 @@ def write_shards(
         raise ValueError(f"shards: got {num_shards}; allowed: >= 1")
     if output.exists():
         raise FileExistsError(f"output: {str(output)!r} exists; allowed: a folder that does not exist yet")
-    unfinished = output.with_name(f"{output.name}.unfinished-{os.getpid()}")
+    unfinished = output.with_name(f"{output.name}.unfinished-{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
         index = _write(unfinished, documents, tokenizer, num_shards, validation_fraction)
         os.rename(unfinished, output)
-    except BaseException:  # Ctrl-C too; what a kill leaves behind has no index
+    except RuntimeError as error:  # what ArrayRecord raises
+        raise OSError(f"output: {str(output)!r} could not be written: {error}") from error
+    finally:  # after Ctrl-C too; what a kill leaves behind keeps the unfinished name
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return index
 
 
 def _write(folder, documents, tokenizer, num_shards, validation_fraction) -> dict:
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<")
     names = {
-        split: [f"{split}-{i:05d}-of-{num_shards:05d}{SHARD_SUFFIX}" for i in range(num_shards)]
-        for split in SPLITS
+        split: [f"{split}-{i:05d}-of-{num_shards:05d}{SHARD_SUFFIX}" for i in range(num_shards)] for split in SPLITS
     }
     # Grain reads records one by one, which needs groups of one.
     writers = {
-        split: [ArrayRecordWriter(str(folder / name), "group_size:1") for name in names[split]]
-        for split in SPLITS
+        split: [ArrayRecordWriter(str(folder / name), "group_size:1") for name in names[split]] for split in SPLITS
     }
     lengths: dict[Split, dict[str, list[int]]] = {split: {"tokens": [], "bytes": []} for split in SPLITS}
     with open(folder / "validation.txt", "wb") as validation_text:
@@ -105,8 +107,8 @@ def _write(folder, documents, tokenizer, num_shards, validation_fraction) -> dic
         "shards": names,
         "documents": lengths,
     }
-    (folder / "index.json").write_text(json.dumps(index))
-    _sync(folder / "index.json")
+    (folder / INDEX).write_text(json.dumps(index))
+    _sync(folder / INDEX)
     return index
 
 
@@ -122,8 +124,12 @@ class ShardedDocuments:
         self.lengths = np.array(index["documents"][split]["tokens"], np.int64)
         self._record_tokens = index["record_tokens"]
         self._dtype = np.dtype(index["dtype"])
+        self._folder = str(folder)
         files = [str(folder / name) for name in index["shards"][split]]
-        self._records = grain.sources.ArrayRecordDataSource(files)
+        try:
+            self._records = grain.sources.ArrayRecordDataSource(files)
+        except RuntimeError as error:
+            raise ValueError(f"corpus: {self._folder!r} holds a foreign or corrupted shard: {error}") from error
         records = -(-self.lengths // self._record_tokens)
         self._first_record = np.empty_like(records)
         total = 0
@@ -140,8 +146,14 @@ class ShardedDocuments:
         """Tokens [start, stop) of one document."""
         low, high = start // self._record_tokens, -(-stop // self._record_tokens)
         first = int(self._first_record[document])
-        parts = [np.frombuffer(self._records[first + i], self._dtype) for i in range(low, high)]
-        return np.concatenate(parts)[start - low * self._record_tokens : stop - low * self._record_tokens]
+        try:
+            parts = [np.frombuffer(self._records[first + i], self._dtype) for i in range(low, high)]
+        except RuntimeError as error:  # ArrayRecord's checksums
+            raise ValueError(f"corpus: document {document} in {self._folder!r} is corrupted: {error}") from error
+        tokens = np.concatenate(parts)[start - low * self._record_tokens : stop - low * self._record_tokens]
+        if len(tokens) != stop - start:
+            raise ValueError(f"corpus: document {document} in {self._folder!r} is shorter than its index says")
+        return tokens
 
 
 def open_shards(
@@ -155,19 +167,17 @@ def open_shards(
     """
     folder = Path(corpus).expanduser()
     try:
-        index = json.loads((folder / "index.json").read_text())
+        index = json.loads((folder / INDEX).read_text())
         found = index["format"]
     except (ValueError, KeyError, TypeError):
         found = None
     if found != FORMAT:
-        raise ValueError(
-            f"corpus: {corpus!r} holds an index.json of another kind; allowed: one whose format is {FORMAT!r}"
-        )
+        raise ValueError(f"corpus: {str(folder / INDEX)!r} has format {found!r}; allowed: {FORMAT!r}")
     for key, here in (("tokenizer", tokenizer.identity), ("validation_fraction", validation_fraction)):
         if index[key] != here:
             raise ValueError(f"{key}: got {here!r}, but {corpus!r} was converted with {index[key]!r}")
     for name, size in index["file_sizes"].items():
-        actual = (folder / name).stat().st_size if (folder / name).is_file() else "none"
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else "no"
         if actual != size:
             raise ValueError(f"corpus: {str(folder / name)!r} is torn: {actual} bytes, its index says {size}")
     train, validation = (ShardedDocuments(folder, index, split) for split in SPLITS)

@@ -46,15 +46,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
                 raise ValueError(f"{name}: got {value!r}; allowed: an integer in [{low}, {high})")
-        check_validation_fraction(self.validation_fraction)
-
-
-def check_validation_fraction(value: float) -> None:
-    """Raise ValueError unless the value is a number in (0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(
-            f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded"
-        )
+        value = self.validation_fraction
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise ValueError(f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded")
 
 
 def load(config: Config) -> Dataset:

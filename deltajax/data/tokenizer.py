@@ -58,16 +58,12 @@ class FileTokenizer:
         try:
             content = Path(path).read_bytes()
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"tokenizer: {str(path)!r} does not exist; give 'byte' or a file"
-            ) from None
+            raise FileNotFoundError(f"tokenizer: {str(path)!r} does not exist; give 'byte' or a file") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exceptions
             reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"tokenizer: {str(path)!r} is not a Hugging Face tokenizers JSON file: {reason}"
-            ) from None
+            raise ValueError(f"tokenizer: {str(path)!r} is not a Hugging Face tokenizers JSON file: {reason}") from None
         self._tokenizer.no_truncation()  # such settings in the file would lose text
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
