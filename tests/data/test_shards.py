@@ -73,7 +73,7 @@ shards.write_shards(
     {str(tmp_path / "out")!r}, read_documents({corpus!r}, 0.3), ByteTokenizer(), num_shards=2, validation_fraction=0.3
 )
 """
-    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert run_python("-c", killed, cwd=tmp_path).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("out.unfinished-") and len(list(left.iterdir())) == 5
     with pytest.raises(FileNotFoundError, match=r"^corpus: nothing found"):
@@ -162,14 +162,16 @@ def test_a_flipped_bit_is_found_when_it_is_read(converted):
             windows[i]
 
 
-def run_convert(*arguments):
-    command = [sys.executable, "-m", "deltajax.data.convert", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_python(*arguments, cwd):
+    """A process of its own, which finds this deltajax whether or not it is installed."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
 def test_the_command_line(corpus, tmp_path):
-    output = f"--output={tmp_path / 'out'}"
-    done = run_convert(f"--input={corpus}", output, "--shards=2", "--validation_fraction=0.3")
+    arguments = [f"--input={corpus}", "--output=out", "--shards=2", "--validation_fraction=0.3"]
+    done = run_python("-m", "deltajax.data.convert", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("train: ") and "\nvalidation: " in done.stdout
     assert len(data.load(config(tmp_path / "out")).train) > 0
@@ -186,11 +188,8 @@ def test_the_command_line(corpus, tmp_path):
         (["--input=/nowhere", "--output=y"], 1, "corpus: nothing found at '/nowhere'"),
     ],
 )
-def test_bad_command_lines(arguments, code, message, tmp_path, monkeypatch):
-    root = Path(data.__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.chdir(tmp_path)
-    done = run_convert(*arguments)
+def test_bad_command_lines(arguments, code, message, tmp_path):
+    done = run_python("-m", "deltajax.data.convert", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -3,13 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deltajax.data import ByteTokenizer, load_tokenizer
 
 
 @given(st.binary(max_size=200))
+@example(bytes(range(256)))
 def test_bytes_round_trip(text):
     tokenizer = ByteTokenizer()
     tokens = tokenizer.encode(text)
