@@ -85,29 +85,28 @@ def load(config: Config) -> Dataset:
 
 
 class TokensInMemory:
-    """Documents as one flat array in the smallest integer type that holds the vocabulary."""
+    """Documents as one flat array."""
 
-    def __init__(self, tokens: list[Int[np.ndarray, "T"]], vocab_size: int):
+    def __init__(self, tokens: list[Int[np.ndarray, "T"]]):
         self.lengths = np.array([len(t) for t in tokens], np.int64)
-        self._ends = np.cumsum(self.lengths)
-        self._tokens = np.concatenate(
-            tokens or [np.zeros(0, int)], dtype=np.min_scalar_type(vocab_size - 1), casting="unsafe"
-        )
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        self._tokens = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
 
     def read(self, document: int, start: int, stop: int) -> Int[np.ndarray, "stop-start"]:
         """Tokens [start, stop) of one document."""
-        offset = self._ends[document] - self.lengths[document]
+        offset = self._starts[document]
         return self._tokens[offset + start : offset + stop]
 
 
 def _tokenise(config: Config, tokenizer: Tokenizer) -> tuple[TokensInMemory, TokensInMemory, bytes]:
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)  # large corpora: half the memory of int32, mostly
     tokens: dict[documents.Split, list[np.ndarray]] = {split: [] for split in documents.SPLITS}
     text = []
     for split, content in documents.read_documents(config.corpus, config.validation_fraction):
-        tokens[split].append(tokenizer.encode(content).astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
+        tokens[split].append(tokenizer.encode(content).astype(dtype))
         if split == "validation":
             text.append(content)
-    train, validation = (TokensInMemory(tokens[split], tokenizer.vocab_size) for split in documents.SPLITS)
+    train, validation = (TokensInMemory(tokens[split]) for split in documents.SPLITS)
     return train, validation, b"".join(text)
 
 

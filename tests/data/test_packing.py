@@ -57,7 +57,7 @@ def test_padding_is_rare_on_realistic_lengths(seq_len):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=25), st.integers(1, 30))
 def test_windows_hold_each_target_once_and_never_across_documents(lengths, seq_len):
     # Document d, token t is 100 d + t: a target tells where it comes from.
-    documents = TokensInMemory([100 * d + np.arange(n) for d, n in enumerate(lengths)], 100 * len(lengths))
+    documents = TokensInMemory([100 * d + np.arange(n) for d, n in enumerate(lengths)])
     windows = PackedWindows(documents, seq_len)
     targets = []
     for i in range(len(windows)):
