@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
             num_shards=_SHARDS.value,
             validation_fraction=_VALIDATION_FRACTION.value,
         )
-    except (OSError, ValueError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        _fail(str(error), 2)
+    except OSError as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted, nothing was written", 1)

@@ -185,7 +185,8 @@ def test_the_command_line(corpus, tmp_path):
         (["--input=x", "--output=y", "--shards=0"], 2, "shards"),
         (["--input=x", "--output=y", "--validation_fraction=1"], 2, "between 0 and 1"),
         (["--input=x", "--output=y", "z"], 2, "['z']"),
-        (["--input=/nowhere", "--output=y"], 1, "corpus: nothing found at '/nowhere'"),
+        (["--input=/nowhere", "--output=y"], 2, "corpus: nothing found at '/nowhere'"),
+        (["--input=stdlib", "--output=/dev/null/y"], 1, "Not a directory"),
     ],
 )
 def test_bad_command_lines(arguments, code, message, tmp_path):
