@@ -1,0 +1,141 @@
+"""Softmax attention with rotary positions: causal, full or within a sliding window, grouped key-value heads."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from deltajax.layers import linear
+from deltajax.layers.norm import rms_norm, rms_norm_spec
+from deltajax.layers.param import init_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Softmax attention.
+
+    Attributes:
+      num_heads: query heads.
+      head_dim: dimensions of a head, even.
+      num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
+      window: tokens a query sees, itself included; None: all before it.
+      rope_base: base of the rotary frequencies (arXiv 2104.09864).
+      qk_norm: RMSNorm on each head's queries and keys.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    window: int | None = None
+    rope_base: float = 10000.0
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        """Check ranges."""
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads must be >= 1, got {self.num_heads}")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even and >= 2, got {self.head_dim}")
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be >= 1 or none, got {self.window}")
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base must be > 1, got {self.rope_base}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+
+def param_specs(config: Config, d_model: int, out_scale: float = 1.0) -> dict:
+    """q [D, H K], k, v [D, HK K], o [H K, D], and the norms' scales."""
+    q_dim, kv_dim = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+    specs = {
+        "q": linear.spec(d_model, q_dim, "embed", "heads"),
+        "k": linear.spec(d_model, kv_dim, "embed", "heads"),
+        "v": linear.spec(d_model, kv_dim, "embed", "heads"),
+        "o": linear.spec(q_dim, d_model, "heads", "embed", scale=out_scale),
+    }
+    if config.qk_norm:
+        specs |= {"q_norm": rms_norm_spec(config.head_dim), "k_norm": rms_norm_spec(config.head_dim)}
+    return specs
+
+
+def init(key: PRNGKeyArray, config: Config, d_model: int) -> dict:
+    """Parameters drawn from `param_specs`."""
+    return init_params(key, param_specs(config, d_model))
+
+
+def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype: Any = jnp.float32) -> dict:
+    """An empty cache of keys and values.
+
+    Without a window it holds max_length tokens, which the caller must not exceed; with one, a ring of `window` tokens.
+    """
+    slots = max_length if config.window is None else min(config.window, max_length)
+    cache = jnp.zeros((batch, slots, config.kv_heads, config.head_dim), dtype)
+    # A slot that holds no token yet has position -1.
+    return {"k": cache, "v": cache, "positions": jnp.full((slots,), -1, jnp.int32), "length": jnp.zeros((), jnp.int32)}
+
+
+def apply(
+    params: dict,
+    config: Config,
+    x: Float[Array, "B T D"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    state: dict | None = None,
+) -> tuple[Float[Array, "B T D"], dict | None]:
+    """Attend; with a state, to the tokens it holds as well, and return it with these tokens added."""
+    batch, length, _ = x.shape
+    q, k, v = ((x @ params[name].astype(x.dtype)).reshape(batch, length, -1, config.head_dim) for name in "qkv")
+    if config.qk_norm:
+        q = rms_norm(q, params["q_norm"], config.norm_eps)
+        k = rms_norm(k, params["k_norm"], config.norm_eps)
+    positions = jnp.arange(length) + (0 if state is None else state["length"])
+    q, k = (rotary(y, positions, config.rope_base) for y in (q, k))
+    key_positions = positions
+    if state is not None:
+        if segment_ids is not None:
+            raise ValueError("attention: segment_ids and a state exclude each other")
+        new_state = _append(state, k, v, positions)
+        k = jnp.concatenate([state["k"].astype(k.dtype), k], axis=1)
+        v = jnp.concatenate([state["v"].astype(v.dtype), v], axis=1)
+        key_positions = jnp.concatenate([state["positions"], positions])
+    distance = positions[:, None] - key_positions[None, :]
+    visible = (distance >= 0) & (key_positions >= 0)[None, :]
+    if config.window is not None:
+        visible &= distance < config.window
+    visible = visible[None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    o = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+    y = o.reshape(batch, length, -1) @ params["o"].astype(x.dtype)
+    return y, None if state is None else new_state
+
+
+def _append(state: dict, k: Array, v: Array, positions: Array) -> dict:
+    """The last tokens, as many as there are slots, written where position modulo slots says."""
+    slots = state["k"].shape[1]
+    kept = slice(max(0, positions.shape[0] - slots), None)
+    where = positions[kept] % slots
+    return {
+        "k": state["k"].at[:, where].set(k[:, kept].astype(state["k"].dtype)),
+        "v": state["v"].at[:, where].set(v[:, kept].astype(state["v"].dtype)),
+        "positions": state["positions"].at[where].set(positions[kept]),
+        "length": state["length"] + positions.shape[0],
+    }
+
+
+def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "T"], base: float) -> Float[Array, "B T H K"]:
+    """Rotary position embedding (arXiv 2104.09864, eq. 15), pairing dimension i with i + K / 2."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

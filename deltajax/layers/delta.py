@@ -1,0 +1,189 @@
+"""Delta-rule mixers: DeltaNet, Gated DeltaNet, DeltaProduct, Gated DeltaProduct and KDA are one layer with switches."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from deltajax.layers import conv, linear
+from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
+from deltajax.layers.param import ParamSpec, init_params
+from deltajax.ops import delta_product, delta_product_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A delta-rule mixer; `deltanet`, `gated_deltanet`, `deltaproduct`, `gated_deltaproduct`, `kda` set the papers' switches.
+
+    Attributes:
+      num_heads: H, heads of queries and keys.
+      head_dim: K, their dimensions.
+      num_value_heads: HV, a multiple of H; None: H.
+      value_head_dim: V; None: K.
+      num_householder: R, delta steps per token (arXiv 2502.10297).
+      beta_max: upper end of the step sizes: 1, or 2 to allow negative eigenvalues (arXiv 2411.12537).
+      gate: forget gate: None, one per value head ("scalar", arXiv 2412.06464) or one per key channel ("channel", KDA).
+      output_gate: None, or the activation of a gate on the normalised output; "sigmoid" has the low rank of KDA.
+      conv_width: taps of the short convolution on queries, keys and values; 0: none.
+      norm_eps: of the output norm.
+      implementation: of `ops.delta_product`; None: the platform's best.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_value_heads: int | None = None
+    value_head_dim: int | None = None
+    num_householder: int = 1
+    beta_max: float = 1.0
+    gate: Literal["scalar", "channel"] | None = None
+    output_gate: Literal["silu", "sigmoid"] | None = None
+    conv_width: int = 4
+    norm_eps: float = 1e-6
+    implementation: str | None = None
+
+    def __post_init__(self):
+        """Check ranges."""
+        for name in ("num_heads", "head_dim", "num_householder"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_value_heads is not None and (self.num_value_heads < 1 or self.num_value_heads % self.num_heads):
+            raise ValueError(f"num_value_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_value_heads}")
+        if self.value_head_dim is not None and self.value_head_dim < 1:
+            raise ValueError(f"value_head_dim must be >= 1 or none, got {self.value_head_dim}")
+        if not 0 < self.beta_max <= 2:
+            raise ValueError(f"beta_max must be in (0, 2], got {self.beta_max}")
+        if self.gate not in (None, "scalar", "channel"):
+            raise ValueError(f"gate must be none, scalar or channel, got {self.gate!r}")
+        if self.output_gate not in (None, "silu", "sigmoid"):
+            raise ValueError(f"output_gate must be none, silu or sigmoid, got {self.output_gate!r}")
+        if self.conv_width < 0:
+            raise ValueError(f"conv_width must be >= 0, got {self.conv_width}")
+
+    @property
+    def value_heads(self) -> int:
+        """HV."""
+        return self.num_value_heads or self.num_heads
+
+    @property
+    def value_dim(self) -> int:
+        """V."""
+        return self.value_head_dim or self.head_dim
+
+
+deltanet = Config  # arXiv 2406.06484
+gated_deltanet = functools.partial(Config, gate="scalar", output_gate="silu")  # arXiv 2412.06464
+deltaproduct = functools.partial(Config, num_householder=2, beta_max=2.0)  # arXiv 2502.10297
+gated_deltaproduct = functools.partial(deltaproduct, gate="scalar", output_gate="silu")  # the same, with forget gate
+kda = functools.partial(Config, gate="channel", output_gate="sigmoid")  # Kimi Delta Attention, arXiv 2510.26692
+
+
+def param_specs(config: Config, d_model: int, out_scale: float = 1.0) -> dict:
+    """Projections [D, ...], convolutions, gates and norm; k and v hold their R sets side by side."""
+    steps, heads, value_heads = config.num_householder, config.num_heads, config.value_heads
+    dims = {"q": heads * config.head_dim, "k": steps * heads * config.head_dim, "v": steps * value_heads * config.value_dim}
+    specs = {name: linear.spec(d_model, dim, "embed", "heads") for name, dim in dims.items()}
+    if config.conv_width:
+        specs |= {f"{name}_conv": conv.param_spec(config.conv_width, dim) for name, dim in dims.items()}
+    specs["beta"] = linear.spec(d_model, steps * value_heads, "embed", None)
+    if config.gate:
+        channels = 1 if config.gate == "scalar" else config.head_dim
+        if config.gate == "scalar":
+            specs["g"] = linear.spec(d_model, value_heads, "embed", None)
+        else:
+            specs["g_down"] = linear.spec(d_model, config.head_dim, "embed", None)
+            specs["g_up"] = linear.spec(config.head_dim, value_heads * channels, None, "heads")
+        specs["a_log"] = ParamSpec((value_heads,), (None,), _init_a_log, weight_decay=False)
+        specs["dt_bias"] = ParamSpec((value_heads, channels), (None, None), _init_dt_bias, weight_decay=False)
+    out = value_heads * config.value_dim
+    if config.output_gate == "silu":
+        specs["out_gate"] = linear.spec(d_model, out, "embed", "heads")
+    if config.output_gate == "sigmoid":
+        specs["out_gate_down"] = linear.spec(d_model, config.value_dim, "embed", None)
+        specs["out_gate_up"] = linear.spec(config.value_dim, out, None, "heads")
+    specs["norm"] = rms_norm_spec(config.value_dim)
+    specs["o"] = linear.spec(out, d_model, "heads", "embed", scale=out_scale)
+    return specs
+
+
+def init(key: PRNGKeyArray, config: Config, d_model: int) -> dict:
+    """Parameters drawn from `param_specs`."""
+    return init_params(key, param_specs(config, d_model))
+
+
+def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype: Any = jnp.float32) -> dict:
+    """The state before the first token: its size does not depend on max_length."""
+    steps, heads, value_heads = config.num_householder, config.num_heads, config.value_heads
+    state = {"s": jnp.zeros((batch, value_heads, config.head_dim, config.value_dim), jnp.float32)}
+    if config.conv_width:
+        dims = {"q": heads * config.head_dim, "k": steps * heads * config.head_dim, "v": steps * value_heads * config.value_dim}
+        state |= {name: jnp.zeros((batch, config.conv_width - 1, dim), dtype) for name, dim in dims.items()}
+    return state
+
+
+def apply(
+    params: dict,
+    config: Config,
+    x: Float[Array, "B T D"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    state: dict | None = None,
+) -> tuple[Float[Array, "B T D"], dict | None]:
+    """Project, convolve, mix by the (gated) delta product, normalise, gate and project back."""
+    if state is not None and segment_ids is not None:
+        raise ValueError("delta mixer: segment_ids and a state exclude each other")
+    batch, length, _ = x.shape
+    weight = {name: p.astype(x.dtype) for name, p in params.items()}
+    new_state = {}
+    mixed = {}
+    for name in "qkv":
+        y = x @ weight[name]
+        if config.conv_width:
+            before = None if state is None else state[name]
+            y, new_state[name] = conv.apply(weight[f"{name}_conv"], y, segment_ids=segment_ids, state=before)
+        mixed[name] = jax.nn.silu(y)
+    steps, value_heads = config.num_householder, config.value_heads
+    q = l2_norm(mixed["q"].reshape(batch, length, config.num_heads, config.head_dim))
+    k = l2_norm(mixed["k"].reshape(batch, length, steps, config.num_heads, config.head_dim))
+    v = mixed["v"].reshape(batch, length, steps, value_heads, config.value_dim)
+    beta = config.beta_max * jax.nn.sigmoid((x @ weight["beta"]).astype(jnp.float32))
+    beta = beta.reshape(batch, length, steps, value_heads)
+    g = _log_decay(params, config, x)
+    if state is None:
+        o, _ = delta_product(q, k, v, beta, g, segment_ids=segment_ids, implementation=config.implementation)
+    elif length == 1:
+        o, new_state["s"] = delta_product_step(state["s"], q[:, 0], k[:, 0], v[:, 0], beta[:, 0], None if g is None else g[:, 0])
+        o = o[:, None]
+    else:
+        o, new_state["s"] = delta_product(q, k, v, beta, g, initial_state=state["s"], implementation=config.implementation)
+    o = rms_norm(o, params["norm"], config.norm_eps)
+    if config.output_gate == "silu":
+        o = o * jax.nn.silu(x @ weight["out_gate"]).reshape(o.shape)
+    if config.output_gate == "sigmoid":
+        o = o * jax.nn.sigmoid(x @ weight["out_gate_down"] @ weight["out_gate_up"]).reshape(o.shape)
+    return o.reshape(batch, length, -1) @ weight["o"], None if state is None else new_state
+
+
+def _log_decay(params: dict, config: Config, x: Array) -> Array | None:
+    """g = -exp(A) softplus(x W + dt): [B, T, HV], or [B, T, HV, K] per channel; in float32."""
+    if config.gate is None:
+        return None
+    names = ("g",) if config.gate == "scalar" else ("g_down", "g_up")
+    raw = functools.reduce(lambda y, name: y @ params[name].astype(x.dtype), names, x).astype(jnp.float32)
+    raw = raw.reshape(*x.shape[:2], config.value_heads, -1) + params["dt_bias"].astype(jnp.float32)
+    g = -jnp.exp(params["a_log"].astype(jnp.float32))[:, None] * jax.nn.softplus(raw)
+    return g[..., 0] if config.gate == "scalar" else g
+
+
+def _init_a_log(key, shape, dtype):
+    """Log of a decay rate uniform in [1, 16] (Mamba-2, arXiv 2405.21060)."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
+
+
+def _init_dt_bias(key, shape, dtype):
+    """Inverse softplus of a step log-uniform in [0.001, 0.1]."""
+    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+    return dt + jnp.log(-jnp.expm1(-dt))

@@ -1,0 +1,25 @@
+"""Normalisations, in float32 whatever the activations are."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from deltajax.layers.param import ParamSpec
+
+
+def rms_norm_spec(dim: int, axis: str | None = None) -> ParamSpec:
+    """The scale of `rms_norm`."""
+    return ParamSpec((dim,), (axis,), lambda key, shape, dtype: jnp.ones(shape, dtype), weight_decay=False)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def l2_norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
+    """x / sqrt(sum(x^2) + eps): unit length, and zero stays zero with a finite gradient."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
