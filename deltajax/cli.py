@@ -1,12 +1,13 @@
 """What every command line shares: flags, `--config.a.b=value` pairs, one-line errors, exit codes.
 
-Exit codes: 0 done; 2 usage (a ValueError: something the caller gave is wrong); 1 any other failure, Ctrl-C and SIGTERM
-included. `--debug` adds the traceback.
+Exit codes: 0 done; 2 usage (ValueError or FileNotFoundError: something the caller gave is wrong); 1 any other failure,
+Ctrl-C and SIGTERM included. `--debug` adds the traceback.
 """
 
 import difflib
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ from deltajax.training.errors import RunError
 
 
 def flag_values() -> flags.FlagValues:
-    """The flags that every command has, as a set of its own: in absl's global one two commands could not share names."""
+    """The flags that every command has. Not absl's global set: in it two commands could not share names."""
     values = flags.FlagValues()
     flags.DEFINE_bool("debug", False, "print tracebacks", flag_values=values)
     flags.DEFINE_bool("help", False, "print this help", flag_values=values)
@@ -29,8 +30,12 @@ def run(
     """Parse `argv`, call `action(config overrides)`, turn what it raises into one line and an exit code."""
     argv = list(sys.argv if argv is None else argv)
     debug = "--debug" in argv
-    signal.signal(signal.SIGTERM, _terminate)
-    logging.set_verbosity(logging.DEBUG if debug else logging.ERROR)  # Orbax is chatty
+    sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    if not debug:
+        # When a save fails, Orbax' threads log and print tracebacks of what then also reaches us.
+        logging.set_verbosity(logging.FATAL)
+        sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
     try:
         overrides = _parse(argv, values)
         if values.help:
@@ -40,21 +45,20 @@ def run(
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 1, debug)
-    except flags.Error as error:
-        return _fail(str(error), 2, debug)
-    except ValueError as error:
-        return _fail(str(error), 2, debug)
-    except RunError as error:
-        return _fail(str(error), 1, debug)
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", 1, debug)
+    except (ValueError, FileNotFoundError, flags.Error) as error:
+        return _fail(_describe(error), 2, debug)
     except Exception as error:
-        return _fail(f"{type(error).__name__}: {error}", 1, debug)
+        return _fail(_describe(error), 1, debug)
+    finally:
+        signal.signal(signal.SIGTERM, sigterm)
+        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
 
 
-def _terminate(signum, frame):
-    raise KeyboardInterrupt
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    expected = isinstance(error, RunError | ValueError | OSError | flags.Error)
+    return str(error) if expected else f"{type(error).__name__}: {error}"
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -1,6 +1,7 @@
 """Checkpoints in `workdir/checkpoints/<step>`: parameters, the rest of the state, and JSON of how to go on."""
 
 import fcntl
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -195,6 +196,9 @@ def _loss(metrics: Any) -> float:
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
+    system = re.search(r"([^:]+) \[os_error_code", text)  # TensorStore: the cause stands last, after several paths
+    if system:
+        return system.group(1).strip()
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 

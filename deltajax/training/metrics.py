@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tensorboardX
 import tqdm
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,13 +35,19 @@ class Writer:
         whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(whole, path)
         self._file = open(path, "a", buffering=1)  # by line: a row survives a kill  # noqa: SIM115
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # The plain event writer: SummaryWriter's thread dies on a full disk, and closing it then waits for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._board = event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"))
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # later steps seen so far no longer count
+        self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def write(self, step: int, **values: float) -> None:
         """One row."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            scalar = summary.scalar(name, value)
+            self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
+        self._board.flush()
 
     def close(self) -> None:
         """Flush and close."""

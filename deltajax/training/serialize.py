@@ -46,7 +46,7 @@ def from_json(tree: Any) -> Any:
         return tree
     fields = {k: from_json(v) for k, v in tree.items() if k != _TYPE}
     made: Any = _find_type(tree.get(_TYPE, ""))
-    return made(**fields) if dataclasses.is_dataclass(made) else made(fields)
+    return made(fields) if issubclass(made, Mapping) else made(**fields)
 
 
 def differences(stored: Any, given: Any) -> list[str]:
