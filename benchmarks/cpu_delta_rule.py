@@ -39,7 +39,9 @@ for line in sys.stdin:
     print(time.perf_counter() - start, flush=True)
 """
 
-_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "a Python with torch and transformers; without it only ours is timed")
+_PEER_PYTHON = flags.DEFINE_string(
+    "peer_python", None, "a Python with torch and transformers; without it only ours is timed"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "timed rounds of each", lower_bound=1)
 _SHAPE = flags.DEFINE_list("shape", ["1", "2048", "8", "64"], "B,T,H,K (V = K)")
 _CSV = flags.DEFINE_string("csv", None, "append the result to this file")
@@ -95,9 +97,9 @@ def main(_):
     sides = {"deltajax": ours(*shape)}
     if _PEER_PYTHON.value:
         sides["transformers"] = peer(_PEER_PYTHON.value, *shape)
-    rows = []
+    rows: list[list] = []
     for what in ("forward", "forward+backward"):
-        times = {name: [] for name in sides}
+        times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(_ROUNDS.value + 2):
             for name, run in sides.items():
                 times[name].append(run(what))
@@ -107,10 +109,12 @@ def main(_):
         for name in sides:
             rows.append([what, name, *shape, f"{best[name]:.1f}", f"{median[name]:.1f}", f"{ratio:.2f}"])
     header = ["pass", "library", "B", "T", "H", "K", "min_ms", "median_ms", "ratio_of_minima"]
-    for row in [header, *rows]:
+    for row in (header, *rows):
         print("".join(f"{x!s:>18}" for x in row))
     if _CSV.value:
-        machine = f"{os.cpu_count()} CPU cores, jax {jax.__version__}, Python {sys.version_info[0]}.{sys.version_info[1]}"
+        machine = (
+            f"{os.cpu_count()} CPU cores, jax {jax.__version__}, Python {sys.version_info[0]}.{sys.version_info[1]}"
+        )
         new = not os.path.exists(_CSV.value)
         with open(_CSV.value, "a", newline="") as file:
             writer = csv.writer(file)

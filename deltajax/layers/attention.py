@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from deltajax.layers import linear
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
+from deltajax.ops.segments import number_segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,8 @@ def apply(
         visible &= distance < config.window
     visible = visible[None]
     if segment_ids is not None:
-        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        documents = number_segments(segment_ids)
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
     o = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
     y = o.reshape(batch, length, -1) @ params["o"].astype(x.dtype)
     return y, None if state is None else new_state

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deltajax.layers.param import ParamSpec
+from deltajax.ops.segments import number_segments
 
 
 def param_spec(width: int, dim: int) -> ParamSpec:
@@ -32,11 +33,13 @@ def apply(
     if state is None:
         state = jnp.zeros((batch, width - 1, dim), x.dtype)
     padded = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+    if segment_ids is not None:
+        segment_ids = number_segments(segment_ids)
+        before = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), mode="edge")
     y = jnp.zeros_like(x)
     for i in range(width):
         term = padded[:, i : i + length] * weight[i].astype(x.dtype)
         if segment_ids is not None and i < width - 1:
-            ids = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), mode="edge")
-            term = jnp.where((ids[:, i : i + length] == segment_ids)[..., None], term, 0)
+            term = jnp.where((before[:, i : i + length] == segment_ids)[..., None], term, 0)
         y = y + term
     return y, padded[:, length:]

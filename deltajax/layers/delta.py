@@ -51,7 +51,9 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.num_value_heads is not None and (self.num_value_heads < 1 or self.num_value_heads % self.num_heads):
-            raise ValueError(f"num_value_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_value_heads}")
+            raise ValueError(
+                f"num_value_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_value_heads}"
+            )
         if self.value_head_dim is not None and self.value_head_dim < 1:
             raise ValueError(f"value_head_dim must be >= 1 or none, got {self.value_head_dim}")
         if not 0 < self.beta_max <= 2:
@@ -84,7 +86,11 @@ kda = functools.partial(Config, gate="channel", output_gate="sigmoid")  # Kimi D
 def param_specs(config: Config, d_model: int, out_scale: float = 1.0) -> dict:
     """Projections [D, ...], convolutions, gates and norm; k and v hold their R sets side by side."""
     steps, heads, value_heads = config.num_householder, config.num_heads, config.value_heads
-    dims = {"q": heads * config.head_dim, "k": steps * heads * config.head_dim, "v": steps * value_heads * config.value_dim}
+    dims = {
+        "q": heads * config.head_dim,
+        "k": steps * heads * config.head_dim,
+        "v": steps * value_heads * config.value_dim,
+    }
     specs = {name: linear.spec(d_model, dim, "embed", "heads") for name, dim in dims.items()}
     if config.conv_width:
         specs |= {f"{name}_conv": conv.param_spec(config.conv_width, dim) for name, dim in dims.items()}
@@ -119,7 +125,11 @@ def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype:
     steps, heads, value_heads = config.num_householder, config.num_heads, config.value_heads
     state = {"s": jnp.zeros((batch, value_heads, config.head_dim, config.value_dim), jnp.float32)}
     if config.conv_width:
-        dims = {"q": heads * config.head_dim, "k": steps * heads * config.head_dim, "v": steps * value_heads * config.value_dim}
+        dims = {
+            "q": heads * config.head_dim,
+            "k": steps * heads * config.head_dim,
+            "v": steps * value_heads * config.value_dim,
+        }
         state |= {name: jnp.zeros((batch, config.conv_width - 1, dim), dtype) for name, dim in dims.items()}
     return state
 
@@ -155,10 +165,14 @@ def apply(
     if state is None:
         o, _ = delta_product(q, k, v, beta, g, segment_ids=segment_ids, implementation=config.implementation)
     elif length == 1:
-        o, new_state["s"] = delta_product_step(state["s"], q[:, 0], k[:, 0], v[:, 0], beta[:, 0], None if g is None else g[:, 0])
+        o, new_state["s"] = delta_product_step(
+            state["s"], q[:, 0], k[:, 0], v[:, 0], beta[:, 0], None if g is None else g[:, 0]
+        )
         o = o[:, None]
     else:
-        o, new_state["s"] = delta_product(q, k, v, beta, g, initial_state=state["s"], implementation=config.implementation)
+        o, new_state["s"] = delta_product(
+            q, k, v, beta, g, initial_state=state["s"], implementation=config.implementation
+        )
     o = rms_norm(o, params["norm"], config.norm_eps)
     if config.output_gate == "silu":
         o = o * jax.nn.silu(x @ weight["out_gate"]).reshape(o.shape)

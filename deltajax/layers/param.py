@@ -43,7 +43,7 @@ def init_params(key: PRNGKeyArray, specs: Any, dtype: Any = jnp.float32) -> Any:
     """Arrays for a tree of specs; every leaf draws from its own key."""
     leaves, treedef = jax.tree.flatten(specs, is_leaf=is_spec)
     keys = jax.random.split(key, max(len(leaves), 1))
-    return treedef.unflatten([s.init(k, s.shape, dtype) for s, k in zip(leaves, keys, strict=False)])
+    return jax.tree.unflatten(treedef, [s.init(k, s.shape, dtype) for s, k in zip(leaves, keys, strict=False)])
 
 
 def abstract_params(specs: Any, dtype: Any = jnp.float32) -> Any:

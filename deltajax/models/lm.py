@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -189,10 +189,13 @@ def hidden(
     x = params["embed"].astype(config.dtype)[tokens]
     new_state: list = []
     for i, (unit, repeats) in enumerate(layer_groups(config.pattern)):
-        run = functools.partial(_unit, config, unit, segment_ids)
+        run: Callable = functools.partial(_unit, config, unit, segment_ids)
         if config.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            run = jax.checkpoint(run, policy=dots if config.remat == "dots" else None, prevent_cse=not config.scan_layers)
+            run = jax.checkpoint(
+                run, policy=dots if config.remat == "dots" else None, prevent_cse=not config.scan_layers
+            )
+        advanced: Any
         layers = (params["groups"][i], None if state is None else state[i])
         if config.scan_layers and repeats > 1:
             x, advanced = jax.lax.scan(run, x, layers)

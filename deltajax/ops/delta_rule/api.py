@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops.delta_rule import chunked, reference
+from deltajax.ops.segments import segment_starts
 
 # name -> f(q, k, v, beta, g, initial_state, *, scale) on checked arrays: k, v, beta with an R axis, g None or in
 # [-inf, 0], initial_state present in the accumulation dtype. An implementation that cannot serve the shapes or the
@@ -130,7 +131,7 @@ def _state_dtype(*arrays):
 
 def _gate_with_resets(g, segment_ids, beta, dtype):
     """A reset is a log decay of -inf, so no implementation has to know about segments."""
-    starts = jnp.zeros(segment_ids.shape, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+    starts = segment_starts(segment_ids)
     if g is None:
         g = jnp.zeros((*segment_ids.shape, beta.shape[-1]), dtype)
     return jnp.where(starts.reshape(*starts.shape, *(1,) * (g.ndim - 2)), -jnp.inf, g)

@@ -1,0 +1,34 @@
+"""The first run: a hybrid Gated DeltaNet learns Python from the standard library's own source, byte by byte, on a CPU.
+
+Claim: to be filled after tuning.
+Command: python -m deltajax.train --config=experiments/first_run.py
+"""
+
+from deltajax import data
+from deltajax.layers import attention, delta
+from deltajax.models import lm
+from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Sampling, Schedule, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    """Two Gated DeltaNet layers to each of sliding-window attention."""
+    return TrainConfig(
+        model=lm.Config(
+            vocab_size=257,
+            d_model=128,
+            pattern=("delta", "delta", "swa", "delta"),
+            mixers={
+                "delta": delta.gated_deltanet(num_heads=4, head_dim=32),
+                "swa": attention.Config(num_heads=4, head_dim=32, window=64),
+            },
+            mlp_dim=320,
+        ),
+        data=data.Config(corpus="stdlib", seq_len=256, batch_size=16),
+        steps=600,
+        optimizer=Optimizer(name="muon", learning_rate=8e-3, weight_decay=0.05),
+        schedule=Schedule(decay="linear", warmup_steps=30, final_fraction=0.0),
+        checkpoint=Checkpoint(every=200),
+        evaluation=Evaluation(every=100, batches=20),
+        prompt="def ",
+        sampling=Sampling(max_tokens=400),
+    )
