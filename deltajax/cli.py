@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags, logging
 
@@ -35,7 +36,7 @@ def run(
     if not debug:
         # When a save fails, Orbax' threads log and print tracebacks of what then also reaches us.
         logging.set_verbosity(logging.FATAL)
-        sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+        sys.excepthook = sys.unraisablehook = threading.excepthook = _ignore
     try:
         overrides = _parse(argv, values)
         if values.help:
@@ -52,6 +53,10 @@ def run(
     finally:
         signal.signal(signal.SIGTERM, sigterm)
         sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+
+
+def _ignore(*_: Any) -> None:
+    pass
 
 
 def _describe(error: Exception) -> str:

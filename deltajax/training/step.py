@@ -93,14 +93,13 @@ class Step:
         """Nothing is computed before the first call."""
         whole = mesh_lib.replicated(mesh)
         self.batch_sharding = mesh_lib.batch_sharding(mesh)
-        init = functools.partial(_init, model, optimizer)
-        shapes = jax.eval_shape(init, 0)
+        shapes = jax.eval_shape(functools.partial(_init, model, optimizer), 0)
         params = mesh_lib.param_shardings(lm.param_specs(model), mesh)
         self.shardings = _state_shardings(shapes, params, whole)
         self.abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
-        self.init: Callable[[int], TrainState] = jax.jit(init, static_argnums=0, out_shardings=self.shardings)
+        self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
         self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = jax.jit(
             functools.partial(_train, model, optimizer, schedule, grad_accumulation),
             in_shardings=(self.shardings, self.batch_sharding),
@@ -118,11 +117,16 @@ class Step:
         return {k: jax.make_array_from_process_local_data(self.batch_sharding, x) for k, x in batch.items()}
 
 
-def _init(model: lm.Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def _init(model: lm.Config, optimizer: optax.GradientTransformation, seed: int, shardings: Any = None) -> TrainState:
     params_key, rng = jax.random.split(jax.random.key(seed))
+    # Not jitted: XLA takes far longer to compile all draws as one program than each distinct one by itself.
     params = lm.init(params_key, model)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), jax.random.key_data(rng), zero, zero, zero)
+
+    def complete(params, rng):
+        zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return TrainState(params, optimizer.init(params), jax.random.key_data(rng), *zeros)
+
+    return jax.jit(complete, out_shardings=shardings)(params, rng)
 
 
 def _train(
@@ -134,7 +138,7 @@ def _train(
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Array]]:
     grads, loss, weight = gradients(state.params, model, batch, grad_accumulation)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,65 @@
+"""The training command line with an accident at an exact moment: `accident.py WHAT STEP <flags of deltajax.train>`.
+
+WHAT: `kill` and `interrupt`, `terminate` (SIGKILL, SIGINT, SIGTERM) when the row of STEP is written; `kill_in_save` and
+`kill_before_commit` (SIGKILL) when the checkpoint of STEP is being written and when it is about to get its final name;
+`full` (no file may grow past a few kB) from STEP on.
+"""
+
+import os
+import resource
+import signal
+import sys
+
+from deltajax import train
+from deltajax.training import checkpoint, metrics
+
+what, step = sys.argv[1], int(sys.argv[2])
+
+
+def now(at: int) -> None:
+    """Let the accident happen if its moment has come."""
+    if at != step:
+        return
+    if what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    else:
+        number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(what, signal.SIGKILL)
+        os.kill(os.getpid(), number)
+
+
+def after_row(write):
+    """`Writer.write`, then the accident."""
+
+    def wrapped(self, at, **values):
+        write(self, at, **values)
+        if "loss" in values:
+            now(at)
+
+    return wrapped
+
+
+def after_start(save):
+    """`Checkpoints.save`, which returns while threads still write, then the accident."""
+
+    def wrapped(self, at, *arguments):
+        save(self, at, *arguments)
+        now(at)
+
+    return wrapped
+
+
+def before_rename(event, arguments):
+    """Python announces every rename; the one that commits a checkpoint is called off."""
+    if event == "os.rename" and os.fspath(arguments[1]).rstrip("/").endswith(f"checkpoints/{step}"):
+        now(step)
+
+
+if what == "kill_in_save":
+    checkpoint.Checkpoints.save = after_start(checkpoint.Checkpoints.save)  # type: ignore[method-assign]
+elif what == "kill_before_commit":
+    sys.addaudithook(before_rename)
+else:
+    metrics.Writer.write = after_row(metrics.Writer.write)  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[2:]))

@@ -1,0 +1,89 @@
+"""Whatever ends a run, the same command continues it, and the losses are those of a run that nothing ended."""
+
+import os
+import random
+import re
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training_runs import HERE, TINY, losses, start
+
+from deltajax.training import serialize
+from deltajax.training.checkpoint import Checkpoints, lock
+from deltajax.training.loop import make_step
+
+
+def crash(what: str, step: int, workdir: Path):
+    """Run until the accident."""
+    return start(HERE / "accident.py", what, str(step), f"--config={TINY}", f"--workdir={workdir}")
+
+
+def final_state(workdir: Path):
+    """Every array of the last checkpoint."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    config = serialize.from_json(checkpoints.progress(12)["config"])
+    step, state, _ = checkpoints.restore(make_step(config).abstract, config)
+    assert step == 12
+    return state
+
+
+def assert_same_run(workdir: Path, finished: Path):
+    """Bit for bit: every loss, every array of the final state."""
+    assert losses(workdir) == losses(finished)
+    ours, theirs = jax.tree.leaves(final_state(workdir)), jax.tree.leaves(final_state(finished))
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_killed_at_random_steps_and_in_saves(finished, tmp_path, run_train):
+    """One run, killed again and again, at drawn steps and in two moments of a save."""
+    seed = int(os.environ.get("KILL_SEED", "0"))
+    workdir = tmp_path / "run"
+    steps = sorted(random.Random(seed).sample([1, 2, 4, 5, 7, 8, 10, 11], 3))
+    for what, step in [("kill", s) for s in steps] + [("kill_in_save", 9), ("kill_before_commit", 12)]:
+        done = max(Checkpoints(workdir, read_only=True).steps(), default=0) if (workdir / "checkpoints").exists() else 0
+        if step <= done:
+            continue
+        assert crash(what, step, workdir).returncode == -signal.SIGKILL
+    code, out, _ = run_train(workdir)
+    assert code == 0
+    assert "continuing after step" in out
+    assert_same_run(workdir, finished)
+
+
+@pytest.mark.parametrize("what, name", [("interrupt", "SIGINT"), ("terminate", "SIGTERM")])
+def test_signals_save_and_end_in_one_line(what, name, finished, tmp_path, run_train):
+    """The step in flight is finished and saved."""
+    workdir = tmp_path / "run"
+    ended = crash(what, 4, workdir)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: stopped by {name}; step ")
+    assert ended.stderr.count("\n") == 1
+    assert Checkpoints(workdir, read_only=True).steps()[-1] in (5, 6)
+    assert run_train(workdir)[0] == 0
+    assert_same_run(workdir, finished)
+
+
+def test_full_disk(finished, tmp_path, run_train):
+    """One line; what was saved before stays, and the run continues once there is room."""
+    workdir = tmp_path / "run"
+    ended = crash("full", 7, workdir)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "File too large" in ended.stderr
+    kept = re.search(r"step (\d) is kept", ended.stderr)
+    code, out, _ = run_train(workdir)
+    assert (code, f"continuing after step {kept[1]}" in out) == (0, True)
+    assert_same_run(workdir, finished)
+
+
+def test_two_runs_in_one_workdir(tmp_path, run_train):
+    """The second one leaves at once."""
+    with lock(tmp_path):
+        code, _, err = run_train(tmp_path)
+    assert code == 1
+    assert "in use by another run" in err
+    assert err.count("\n") == 1
