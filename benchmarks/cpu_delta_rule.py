@@ -2,12 +2,14 @@
 
     python -m benchmarks.cpu_delta_rule --peer_python=PYTHON_WITH_TORCH_AND_TRANSFORMERS
 
-The peer runs in a process of its own, which computes only when asked: rounds alternate ours and theirs, torch's threads are
-told to sleep between them, and the ratio is that of the minima. Prints a table and, with --csv, appends to a CSV file.
+The peer runs in a process of its own, which is stopped while it is not its turn (torch's threads spin): rounds alternate ours
+and theirs, and the ratio is that of the minima. Prints a table and, with --csv, appends to a CSV file.
 """
 
+import atexit
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,16 +76,17 @@ def ours(batch, length, heads, dim):
 
 def peer(python, *shape):
     """The same calls answered by a process with torch."""
-    environment = os.environ | {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     command = [python, "-c", PEER, *map(str, shape), str(os.cpu_count())]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    atexit.register(process.kill)
 
     def run(what):
         assert process.stdin and process.stdout
+        process.send_signal(signal.SIGCONT)
         print(what, file=process.stdin, flush=True)
         answer = process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
         if not answer:
             raise RuntimeError(f"--peer_python={python} could not run transformers' torch_chunk_gated_delta_rule")
         return float(answer)
