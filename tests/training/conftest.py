@@ -10,6 +10,7 @@ import pytest
 from training_runs import ROOT, TINY
 
 from deltajax import train
+from deltajax.training.config import TrainConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,3 +61,9 @@ def finished(tmp_path_factory, _environment) -> Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert train.main(["train", f"--config={TINY}", f"--workdir={workdir}"]) == 0
     return workdir
+
+
+@pytest.fixture
+def tiny_config() -> TrainConfig:
+    """What the tiny experiment file returns."""
+    return train.load_config(TINY)

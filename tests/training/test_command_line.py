@@ -1,0 +1,183 @@
+"""Bad input to `deltajax.train` and `deltajax.generate`: one line, the right exit code, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+from training_runs import losses
+
+from deltajax import generate, train
+from deltajax.training.checkpoint import Checkpoints
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--workdri=x"], ["--workdri: no such flag; did you mean --workdir?"]),
+        (["--confg.steps=3"], ["did you mean --config.steps?"]),
+        (["--config.optimizer.learning_rat=1"], ["did you mean config.optimizer.learning_rate?"]),
+        (["--config.optimizer.learning_rate", "fast"], ["--config.optimizer.learning_rate=fast: must be a number"]),
+        (["--config.optimizer.learning_rate=-1"], ["learning_rate must be > 0 and finite, got -1.0"]),
+        (["--config.model.mixers.swa.window=0"], ["window must be >= 1"]),
+        (["--config.steps"], ["--config.steps: a value is missing"]),
+        (["--config.steps=2"], ["schedule.warmup_steps must be < steps = 2, got 2"]),
+        (["stray"], ["stray: only flags are allowed"]),
+        (["--config.data.corpus=/nowhere"], ["/nowhere"]),
+        (["--config.mesh.data=3"], ["mesh must multiply to the 1 device(s)", "data=3, fsdp=1, tensor=1"]),
+        (["--config.mesh.fsdp=-1"], ["at most one -1"]),
+        (["--config.grad_accumulation=3"], ["data.batch_size must be a multiple of", "3, got 8"]),
+        (["--config.model.vocab_size=100"], ["model.vocab_size must be >= 257"]),
+        (["--nodebug=3"], ["nodebug"]),
+    ],
+)
+def test_usage_errors(arguments, parts, tmp_path, run_train):
+    code, _, err = run_train(tmp_path / "run", *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: ")
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (None, "no such file"),
+        ("x = 1", "the file defines no get_config()"),
+        ("import nonsense_module", "ModuleNotFoundError: No module named 'nonsense_module'"),
+        ("def get_config(:", "SyntaxError"),
+        ("def get_config(): return 3", "must return a TrainConfig, got int"),
+    ],
+)
+def test_bad_experiment_files(content, part, tmp_path, capfd):
+    path = tmp_path / "experiment.py"
+    if content is not None:
+        path.write_text(content)
+    code = train.main(["train", f"--config={path}", f"--workdir={tmp_path / 'run'}"])
+    err = capfd.readouterr().err
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"--config={path}: " in err
+    assert part in err
+
+
+def test_config_is_required_and_help_needs_nothing(capfd):
+    assert train.main(["train"]) == 2
+    assert "--config: an experiment file is missing" in capfd.readouterr().err
+    assert train.main(["train", "--help"]) == 0
+    assert "--workdir" in capfd.readouterr().out
+
+
+def test_debug_adds_the_traceback(tmp_path, run_train):
+    code, _, err = run_train(tmp_path, "--config.steps=x", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_empty_corpus(tmp_path, run_train):
+    (tmp_path / "corpus").mkdir()
+    code, _, err = run_train(tmp_path / "run", f"--config.data.corpus={tmp_path / 'corpus'}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "corpus" in err
+
+
+def test_outputs_of_a_finished_run(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] == 12
+    assert 0 < summary["bits_per_byte"] < 9
+    assert set(summary["baselines"]) == {"gzip -9", "xz -9"}
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "sample.txt").read_bytes().startswith(b"def ")
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    table = losses(finished)
+    assert sorted(table) == list(range(1, 13))
+    assert [step for step, (_, validation) in table.items() if validation is not None] == [4, 8, 12]
+    assert table[12][0] < table[1][0]
+
+
+def test_second_run_says_that_it_is_complete(finished, run_train):
+    before = losses(finished)
+    code, out, err = run_train(finished)
+    assert (code, err) == (0, "")
+    assert "is complete: 12 steps, validation" in out
+    assert losses(finished) == before
+
+
+def test_a_complete_run_goes_on_with_more_steps(finished, tmp_path, run_train):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    code, out, _ = run_train(workdir, "--config.steps=13")
+    assert code == 0
+    assert "continuing after step 12 with changed steps: 12 -> 13" in out
+    assert sorted(losses(workdir)) == list(range(1, 14))
+
+
+def test_another_model_in_the_same_workdir(finished, run_train):
+    code, _, err = run_train(finished, "--config.model.mlp_dim=96", "--config.optimizer.name=adamw")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "model.mlp_dim: 64 -> 96" in err
+    assert "optimizer.name: 'muon' -> 'adamw'" in err
+
+
+def test_torn_newest_checkpoint_falls_back(finished, tmp_path, run_train):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    older, newest = Checkpoints(workdir, read_only=True).steps()[-2:]
+    for path in (workdir / "checkpoints" / str(newest) / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, out, err = run_train(workdir)
+    assert code == 0
+    assert f"warning: checkpoint of step {newest}" in err
+    assert f"using step {older}" in err
+    assert err.count("\n") == 1
+    assert f"continuing after step {older}" in out
+    assert losses(workdir) == losses(finished)
+    assert Checkpoints(workdir, read_only=True).steps()[-1] == 12
+
+
+def test_foreign_checkpoints(tmp_path, run_train, capfd):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "7" / "model.bin").write_bytes(b"foreign")
+    code, _, err = run_train(tmp_path)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "no checkpoint in" in err
+    assert "can be read; step 7" in err
+    assert (tmp_path / "checkpoints" / "7" / "model.bin").read_bytes() == b"foreign"
+    assert generate.main(["generate", f"--workdir={tmp_path}"]) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_updates_that_stay_non_finite_end_the_run(tmp_path, run_train):
+    code, _, err = run_train(
+        tmp_path,
+        "--config.optimizer.learning_rate=1e38",
+        "--config.optimizer.clip_norm=none",
+        "--config.checkpoint.every=1",
+        "--config.nonfinite.max_consecutive=2",
+    )
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "3 updates in a row and 3 in all were skipped (allowed: 2 and 100); last good checkpoint: step " in err
+
+
+def test_generate(finished, capfd):
+    texts = []
+    for arguments in (["--prompt=def f"], ["--prompt=def f"], ["--prompt=def f", "--seed=1"], ["--prompt="]):
+        assert generate.main(["generate", f"--workdir={finished}", "--max_tokens=8", *arguments]) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("def f")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, part",
+    [
+        ([], 2, "--workdir: the workdir of a training run is missing"),
+        (["--workdir=/nowhere"], 1, "no checkpoint in /nowhere/checkpoints"),
+        (["--workdir=/nowhere", "--temperature=-1"], 2, "temperature must be >= 0"),
+        (["--workdir=/nowhere", "--top_p=many"], 2, "top_p"),
+        (["--workdir=/nowhere", "--promt=x"], 2, "did you mean --prompt?"),
+        (["--workdir=/nowhere", "--config.steps=3"], 2, "this command takes no config keys"),
+    ],
+)
+def test_generate_usage(arguments, code, part, capfd):
+    assert generate.main(["generate", *arguments]) == code
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1, err
+    assert part in err

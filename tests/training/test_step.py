@@ -1,0 +1,135 @@
+"""One update: normalisation, accumulation, layout, skipping, what each optimiser touches."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from training_runs import HERE, TINY, start
+
+from deltajax import data
+from deltajax.layers.param import ParamSpec, is_spec
+from deltajax.models import lm
+from deltajax.train import load_config
+from deltajax.training import loop, mesh, optimizer
+from deltajax.training.config import Mesh, Optimizer, Sampling, Schedule
+from deltajax.training.sampling import generate, sample
+from deltajax.training.step import gradients
+
+
+@pytest.fixture(scope="module")
+def setup(_environment):
+    """(config, one batch whose rows weigh very differently, state)"""
+
+    config = load_config(TINY)
+    batch = next(data.load(config.data).train_iterator())
+    batch["weights"] = batch["weights"] * np.linspace(0, 1, 8, dtype=np.float32)[:, None] ** 2
+    return config, batch, loop.make_step(config)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(setup):
+    config, batch, step = setup
+    params = step.init(0).params
+    whole, parts = (jax.jit(gradients, static_argnums=(1, 3))(params, config.model, batch, n) for n in (1, 4))
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    assert whole[2] == pytest.approx(batch["weights"].sum(), rel=1e-6)
+
+
+def test_non_finite_gradients_change_nothing_but_counters(setup):
+    _, batch, step = setup
+    bad = {**batch, "weights": np.full_like(batch["weights"], np.nan)}
+    before = jax.device_get(step.init(0))
+    once, metrics = step.train(step.init(0), step.put(bad))
+    for name in ("params", "opt_state", "rng"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), jax.device_get(getattr(once, name)))
+    assert (once.step, once.skipped, once.streak) == (1, 1, 1)
+    assert not np.isfinite(metrics["loss"])
+    good, _ = step.train(once, step.put(batch))
+    assert (good.step, good.skipped, good.streak) == (2, 1, 0)
+    assert not np.array_equal(good.params["embed"], before.params["embed"])
+
+
+def test_one_and_eight_devices_agree(setup):
+    """The same three steps on one device here and on three layouts of eight simulated devices."""
+    config, _, _ = setup
+    dataset = data.load(config.data)
+    iterator, step = dataset.train_iterator(), loop.make_step(config)
+    state, one = step.init(0), []
+    for _ in range(3):
+        state, metrics = step.train(state, step.put(next(iterator)))
+        one.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    ended = start(HERE / "eight_devices.py", env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    assert ended.returncode == 0, ended.stderr
+    layouts = json.loads(ended.stdout)
+    assert len(layouts) == 3
+    for layout, eight in layouts.items():
+        np.testing.assert_allclose(eight, one, rtol=2e-4, err_msg=layout)
+
+
+def test_layout_errors_name_parameter_axis_and_mesh():
+    spec = {"w": ParamSpec((6, 5), ("embed", "mlp"), jax.nn.initializers.zeros)}
+    eight = jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"))
+    with pytest.raises(ValueError, match=r"parameter \['w'\]: axis 'mlp' = 5 must be a multiple of mesh tensor=2"):
+        mesh.param_shardings(spec, eight)
+    with pytest.raises(ValueError, match="logical axis 'depth' has no rule"):
+        mesh.param_shardings({"w": ParamSpec((6,), ("depth",), jax.nn.initializers.zeros)}, eight)
+    with pytest.raises(ValueError, match="mesh must multiply to the 1 device"):
+        mesh.make_mesh(Mesh(tensor=2))
+
+
+@pytest.mark.parametrize("decay, end", [("cosine", 1e-4), ("linear", 1e-4), ("constant", 1e-3)])
+def test_schedule(decay, end):
+    schedule = optimizer.make_schedule(Schedule(decay, warmup_steps=10, decay_steps=20), 1e-3, 100)
+    rates = [float(schedule(i)) for i in range(101)]
+    assert 0 < rates[0] < rates[5] < rates[9] < 1e-3
+    np.testing.assert_allclose(rates[10:80], 1e-3, rtol=1e-6)
+    assert rates[100] == pytest.approx(end)
+
+
+def test_muon_takes_matrices_and_decay_spares_vectors(setup):
+    """With zero gradients only decay moves parameters; with any, Muon's updates have one known size."""
+    config, _, _ = setup
+    specs = lm.param_specs(config.model)
+    params = lm.init(jax.random.key(0), config.model)
+    settings = Optimizer(name="muon", learning_rate=1.0, weight_decay=0.1, clip_norm=None)
+    tx = optimizer.make_optimizer(settings, lambda _: 1.0, specs)
+    still, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+    jax.tree.map(
+        lambda s, u, p: np.testing.assert_allclose(u, -0.1 * p if s.weight_decay else 0 * p, atol=1e-6),
+        specs, still, params, is_leaf=is_spec,
+    )  # fmt: skip
+    tx = optimizer.make_optimizer(dataclasses.replace(settings, weight_decay=0.0), lambda _: 1.0, specs)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    gate = updates["groups"][0]["0"]["mlp"]["gate"]
+    assert np.sqrt(np.mean(np.square(gate))) == pytest.approx(optimizer.MUON_RMS, rel=0.2)
+    np.testing.assert_allclose(np.abs(updates["embed"]), 1, rtol=1e-3)  # Adam's first step
+
+
+def test_sampling_filters():
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
+
+    def drawn(**settings):
+        keys = jax.random.split(jax.random.key(0), 200)
+        tokens = jax.vmap(lambda key: sample(logits, key, Sampling(**settings)))(keys)
+        return set(np.asarray(tokens).ravel().tolist())
+
+    assert drawn(temperature=0) == {0}
+    assert drawn(temperature=1.0, top_p=1.0) == {0, 1, 2, 3}
+    assert drawn(temperature=1.0, top_p=1.0, top_k=2) == {0, 1}
+    assert drawn(temperature=1.0, top_p=0.79) == {0, 1}
+    assert drawn(temperature=1.0, top_p=0.81) == {0, 1, 2}
+    assert drawn(temperature=1.0, top_p=0.01) == {0}
+
+
+def test_generation_is_that_of_the_parallel_model(setup):
+    """Greedy tokens, drawn one by one with carried state, are the parallel pass' own choices."""
+    config, batch, step = setup
+    params = step.init(0).params
+    prompt = batch["tokens"][:2, :11]
+    drawn = generate(params, config.model, prompt, jax.random.key(0), Sampling(max_tokens=20, temperature=0))
+    whole = np.concatenate([prompt, drawn], axis=1)
+    logits, _ = lm.apply(params, config.model, whole)
+    np.testing.assert_array_equal(np.argmax(logits, -1)[:, 10:-1], drawn)
