@@ -19,8 +19,8 @@ def generate(
 ) -> Int[Array, "B max_tokens"]:
     """`sampling.max_tokens` tokens that follow the prompt (T >= 1, so that there is something to condition on)."""
     batch, length = prompt.shape
-    state = lm.init_state(model, batch, length + sampling.max_tokens)
-    logits, state = lm.apply(params, model, prompt, state=state)
+    state: Any = lm.init_state(model, batch, length + sampling.max_tokens)
+    logits, prefilled = lm.apply(params, model, prompt, state=state)
     first = sample(logits[:, -1], jax.random.fold_in(key, 0), sampling)
 
     def step(carry, i):
@@ -29,7 +29,7 @@ def generate(
         token = sample(logits[:, 0], jax.random.fold_in(key, i), sampling)
         return (token, state), token
 
-    _, rest = jax.lax.scan(step, (first, state), jnp.arange(1, sampling.max_tokens))
+    _, rest = jax.lax.scan(step, (first, prefilled), jnp.arange(1, sampling.max_tokens))
     return jnp.concatenate([first[:, None], rest.T], axis=1)
 
 

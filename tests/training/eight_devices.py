@@ -1,4 +1,4 @@
-"""Three steps of the tiny experiment on eight devices in several layouts: prints {layout: [[loss, gradient norm], ...]}."""
+"""Three steps of the tiny experiment on eight devices, every mesh axis in use: prints [[loss, gradient norm], ...]."""
 
 import dataclasses
 import json
@@ -12,12 +12,9 @@ from deltajax.training.config import Mesh
 
 config = load_config(TINY)
 dataset = data.load(config.data)
-results = {}
-for mesh in (Mesh(data=8), Mesh(data=1, fsdp=8), Mesh(data=2, fsdp=2, tensor=2)):
-    step = loop.make_step(dataclasses.replace(config, mesh=mesh))
-    iterator, state, rows = dataset.train_iterator(), step.init(config.seed), []
-    for _ in range(3):
-        state, metrics = step.train(state, step.put(next(iterator)))
-        rows.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    results[str(mesh)] = rows
-print(json.dumps(results))
+step = loop.make_step(dataclasses.replace(config, mesh=Mesh(data=2, fsdp=2, tensor=2)))
+iterator, state, rows = dataset.train_iterator(), step.init(config.seed), []
+for _ in range(3):
+    state, metrics = step.train(state, step.put(next(iterator)))
+    rows.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+print(json.dumps(rows))
