@@ -1,7 +1,9 @@
 """The first run: a hybrid Gated DeltaNet learns Python from the standard library's own source, byte by byte, on a CPU.
 
-Claim: to be filled after tuning.
+Claim: 0.9 million parameters and a few minutes on 2 cores end below 2.6 bits per byte on files never trained on.
 Command: python -m deltajax.train --config=experiments/first_run.py
+Time: 400 steps of 0.3 s on 2 cores, and about a minute to start, compile, evaluate and sample.
+Result: 1.71 bits per byte; gzip -9 1.98 and xz -9 1.78 on the same text (Python 3.12's library).
 """
 
 from deltajax import data
@@ -23,11 +25,11 @@ def get_config() -> TrainConfig:
             },
         ),
         data=data.Config(corpus="stdlib", seq_len=256, batch_size=8, validation_fraction=0.02),
-        steps=500,
+        steps=400,
         optimizer=Optimizer(name="muon", learning_rate=1e-2),
         schedule=Schedule(decay="linear", warmup_steps=20, final_fraction=0.05),
-        checkpoint=Checkpoint(every=250),
-        evaluation=Evaluation(every=125),
+        checkpoint=Checkpoint(every=100),
+        evaluation=Evaluation(every=100),
         prompt="def ",
         sampling=Sampling(max_tokens=400),
     )
