@@ -13,7 +13,7 @@ from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Sampling
 
 
 def get_config() -> TrainConfig:
-    """Two Gated DeltaNet layers to each of sliding-window attention."""
+    """Three Gated DeltaNet layers and one of sliding-window attention."""
     return TrainConfig(
         model=lm.Config(
             vocab_size=257,
