@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from logging import getLogger
 from typing import Any
 
 from absl import flags, logging
@@ -36,6 +37,7 @@ def run(
     if not debug:
         # When a save fails, Orbax' threads log and print tracebacks of what then also reaches us.
         logging.set_verbosity(logging.FATAL)
+        getLogger("asyncio").setLevel("CRITICAL")  # of many writes that fail together one is reported, by us
         sys.excepthook = sys.unraisablehook = threading.excepthook = _ignore
     try:
         overrides = _parse(argv, values)
