@@ -31,7 +31,7 @@ def run(
 ) -> int:
     """Parse `argv`, call `action(config overrides)`, turn what it raises into one line and an exit code."""
     argv = list(sys.argv if argv is None else argv)
-    debug = "--debug" in argv
+    debug = any(argument in ("--debug", "-debug", "--debug=true", "--debug=1") for argument in argv)
     sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     if not debug:

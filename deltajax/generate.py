@@ -1,5 +1,6 @@
 """Continue a prompt with a trained model: `python -m deltajax.generate --workdir=runs/first_run --prompt="def "`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_float(
         "top_p", default.top_p, "only the likeliest tokens of this total probability", flag_values=values
     )
-    flags.DEFINE_integer("seed", 0, "same seed, same text", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "same seed, same text", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_enum("checkpoint", "latest", ("latest", "best"), "which checkpoint", flag_values=values)
 
     def action(_: dict[str, str]) -> None:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             params,
             config.model,
             data.load_tokenizer(config.data.tokenizer),
-            values.prompt.encode(),
+            os.fsencode(values.prompt),
             jax.random.key(values.seed),
             how,
         )

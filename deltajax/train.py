@@ -33,7 +33,7 @@ def load_config(path: str) -> TrainConfig:
         if not hasattr(module, "get_config"):
             raise ValueError("the file defines no get_config()")
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, TrainConfig):
         raise ValueError(f"--config={path}: get_config() must return a TrainConfig, got {type(config).__name__}")

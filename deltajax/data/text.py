@@ -42,7 +42,7 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}: got {value!r}; allowed: a string that is not empty")
-        for name, low, high in (("seq_len", 1, 2**31), ("batch_size", 1, 2**31), ("seed", 0, 2**32)):
+        for name, low, high in (("seq_len", 1, 2**22), ("batch_size", 1, 2**31), ("seed", 0, 2**32)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
                 raise ValueError(f"{name}: got {value!r}; allowed: an integer in [{low}, {high})")

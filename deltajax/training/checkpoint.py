@@ -27,10 +27,15 @@ def lock(workdir: Path) -> Iterator[None]:
     """Hold `workdir` (made if missing) for one run; the kernel lets go of the lock even after kill -9.
 
     Raises:
+      ValueError: it cannot be a folder, or not be written.
       RunError: another process holds it.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / ".lock", "w")  # noqa: SIM115
+    except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        raise ValueError(f"--workdir={workdir}: must be a folder that can be written ({error.strerror})") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -50,12 +55,20 @@ class Checkpoints:
         if read_only and not self.steps():
             raise RunError(f"no checkpoint in {self.directory}")
         policy = AnyPreservationPolicy(
-            [LatestN(keep), BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)]
+            [
+                LatestN(max(keep, 2)),
+                BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
+            ]
         )
+        # Without best_fn Orbax would keep the metrics in memory only, and a resumed run would not know its best.
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=not read_only, read_only=read_only
+                preservation_policy=policy,
+                best_fn=_loss,
+                best_mode="min",
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
         )
 
@@ -152,16 +165,17 @@ class Checkpoints:
         Raises:
           RunError: the checkpoint cannot be read.
         """
-        try:
+        with self._reading(step):
             return self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
-        except Exception as error:
-            raise RunError(
-                f"checkpoint of step {step} in {self.directory} cannot be read: {_one_line(error)}"
-            ) from error
 
     def progress(self, step: int) -> dict:
-        """The JSON part: `config`, `iterator`, `best_loss`."""
-        return self._read(step, progress=ocp.args.JsonRestore())["progress"]
+        """The JSON part: `config`, `iterator`, `best_loss`.
+
+        Raises:
+          RunError: the checkpoint cannot be read.
+        """
+        with self._reading(step):
+            return self._read(step, progress=ocp.args.JsonRestore())["progress"]
 
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -173,12 +187,26 @@ class Checkpoints:
                 f"the config disagrees with the checkpoint of step {step} in {self.directory}: {'; '.join(changed)}"
             )
 
+    def discard(self, step: int) -> None:
+        """Set the checkpoint of a step aside if there is one, so that a resumed run begins before it."""
+        self.wait()
+        if step in self.steps():
+            self._set_aside(step)
+
     def _set_aside(self, step: int) -> None:
-        target = self.directory.parent / "unreadable_checkpoints" / str(step)
+        target = self.directory.parent / "set_aside_checkpoints" / str(step)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
         (self.directory / str(step)).rename(target)
         self._manager.reload()
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise
+            message = f"checkpoint of step {step} in {self.directory} cannot be read: {_one_line(error)}"
+            raise RunError(message) from error
 
     @contextmanager
     def _failures(self, what: str) -> Iterator[None]:

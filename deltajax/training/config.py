@@ -180,8 +180,8 @@ class TrainConfig:
 
     def __post_init__(self):
         """Check ranges and what the parts must agree on."""
-        _require_all(self, ">= 1", lambda x: x >= 1, "steps", "grad_accumulation", "log_every")
-        _require_all(self, ">= 0", lambda x: x >= 0, "seed")
+        _require_all(self, "in [1, 2**31)", lambda x: 1 <= x < 2**31, "steps", "grad_accumulation", "log_every")
+        _require_all(self, "in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed")
         warmup = self.schedule.warmup_steps
         require(warmup < self.steps, "schedule.warmup_steps", warmup, f"< steps = {self.steps}")
         decay = self.schedule.decay_steps

@@ -34,15 +34,16 @@ def run(config: TrainConfig, workdir: Path) -> None:
         step = make_step(config)
         restored = checkpoints.restore(step.abstract, config)
         summary = workdir / "summary.json"
-        if restored and restored[0] >= config.steps and summary.exists():
-            print(f"The run in {workdir} is complete: {_describe(json.loads(summary.read_text()))}.")
+        result = _read_summary(summary)
+        if restored and restored[0] >= config.steps and result:
+            print(f"The run in {workdir} is complete: {_describe(result)}.")
             print("To continue it give a larger --config.steps; to start anew another --workdir.")
             return
-        summary.unlink(missing_ok=True)
         dataset = data.load(config.data)
         _check_vocabulary(config, dataset)
         run = Run(config, workdir, checkpoints, step, dataset, restored)
         with contextlib.closing(run):
+            summary.unlink(missing_ok=True)
             run.train()
             run.finish()
 
@@ -112,22 +113,22 @@ class Run:
                 save = last or self.step % config.checkpoint.every == 0 or stop.signal is not None
                 # 3. Evaluate and save, after this step's own row.
                 if evaluate or save:
-                    self._report(self.step, unread)
+                    streak = self._report(self.step, unread)
                     unread = None
                     loss = self._evaluate() if evaluate else None
-                    if save or (loss is not None and loss == self.best_loss):
+                    if (save or (loss is not None and loss == self.best_loss)) and not streak:
                         self._save(loss)
                 # 4. Leave when asked to.
                 if stop.signal is not None and save and not last:
                     self.checkpoints.wait()
-                    raise RunError(
-                        f"stopped by {stop.signal.name}; step {self.step} is saved, the same command continues"
-                    )
+                    raise RunError(f"stopped by {stop.signal.name}; {self._kept()}, the same command continues")
 
     def finish(self) -> None:
         """Plot, sample and summary; the summary is written last and marks the run as complete."""
         self.checkpoints.wait()
         config = self.config
+        if not any(row["step"] == self.step and "validation_loss" in row for row in metrics.read_rows(self.workdir)):
+            self._evaluate()  # the run was stopped between its last evaluation and what is now its last step
         rows = metrics.read_rows(self.workdir)
         result: dict[str, Any] = {"steps": self.step}
         result |= {k: v for row in rows for k, v in row.items() if k in ("validation_loss", "bits_per_byte")}
@@ -147,24 +148,27 @@ class Run:
         os.replace(temporary, self.workdir / "summary.json")
         self.progress.say(f"The run in {self.workdir} is complete: {_describe(result)}.")
 
-    def _report(self, step: int, values: dict[str, jax.Array]) -> None:
+    def _report(self, step: int, values: dict[str, jax.Array]) -> float:
+        """Write and show a step's metrics; returns for how many steps no update was finite, and aborts past the limit."""
         row = {k: float(v) for k, v in jax.device_get(values).items()}
         limits = self.config.nonfinite
         if row["streak"] > limits.max_consecutive or row["skipped"] > limits.max_total:
-            kept = self.checkpoints.steps()
+            # The last finite update made the parameters from which none followed: its checkpoint is not good.
+            self.checkpoints.discard(step - int(row["streak"]))
             raise RunError(
                 f"non-finite loss or gradient at step {step}: {row['streak']:.0f} updates in a row and "
                 f"{row['skipped']:.0f} in all were skipped (allowed: {limits.max_consecutive} and {limits.max_total}); "
-                + (f"last good checkpoint: step {kept[-1]}" if kept else "no checkpoint was saved yet")
+                + self._kept()
             )
         self._tokens += row.pop("tokens")
         if step % self.config.log_every and step not in (1, self.config.steps):
-            return
+            return row["streak"]
         now = time.perf_counter()
         row["tokens_per_second"] = self._tokens / (now - self._clock)
         self._clock, self._tokens = now, 0.0
         self.writer.write(step, **row)
         self.progress.update(step, row["loss"], row["tokens_per_second"])
+        return row["streak"]
 
     def _evaluate(self) -> float:
         """Validation loss in nats per target; written, shown and compared with the best."""
@@ -181,6 +185,10 @@ class Run:
         self.progress.say(f"step {self.step}: validation {bits:.3f} bits per byte (loss {loss:.4f})")
         self._clock += time.perf_counter() - started  # tokens/s counts training only
         return loss
+
+    def _kept(self) -> str:
+        steps = self.checkpoints.steps()
+        return f"last good checkpoint: step {steps[-1]}" if steps else "no checkpoint was saved yet"
 
     def _save(self, loss: float | None) -> None:
         self.checkpoints.save(self.step, self.state, self.config, self.iterator.get_state(), self.best_loss, loss)
@@ -204,6 +212,7 @@ class _StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        print("stopping after this step; once more to stop at once", flush=True)
 
 
 def _check_vocabulary(config: TrainConfig, dataset: data.Dataset) -> None:
@@ -211,6 +220,15 @@ def _check_vocabulary(config: TrainConfig, dataset: data.Dataset) -> None:
         raise ValueError(
             f"model.vocab_size must be >= {dataset.vocab_size}, the data's vocabulary, got {config.model.vocab_size}"
         )
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    """What `finish` wrote last; None if the run is not complete."""
+    try:
+        result = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return result if isinstance(result, dict) and {"steps", "bits_per_byte"} <= result.keys() else None
 
 
 def _describe(summary: dict[str, Any]) -> str:

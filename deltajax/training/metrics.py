@@ -1,6 +1,7 @@
 """Numbers of a run: rows in `metrics.jsonl` and TensorBoard, a progress bar, the final plot."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -12,6 +13,8 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
+from deltajax.training.errors import RunError
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -22,7 +25,13 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
     """All rows; a last line that a kill left unfinished is ignored."""
     path = workdir / FILE
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise RunError(f"{path}: line {number} is damaged; remove it and start again") from None
+    return rows
 
 
 class Writer:
@@ -45,6 +54,8 @@ class Writer:
         """One row."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
+            if not math.isfinite(value):  # TensorBoard has no point for it, and tensorboardX warns
+                continue
             scalar = summary.scalar(name, value)
             self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
         self._board.flush()

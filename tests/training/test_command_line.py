@@ -28,6 +28,8 @@ from deltajax.training.checkpoint import Checkpoints
         (["--config.grad_accumulation=3"], ["data.batch_size must be a multiple of", "3, got 8"]),
         (["--config.model.vocab_size=100"], ["model.vocab_size must be >= 257"]),
         (["--nodebug=3"], ["nodebug"]),
+        (["--config.seed=1e30"], ["seed must be in [0, 2**32)"]),
+        (["--config.data.seq_len=1000000000"], ["seq_len", "1000000000"]),
     ],
 )
 def test_usage_errors(arguments, parts, tmp_path, run_train):
@@ -145,15 +147,65 @@ def test_foreign_checkpoints(tmp_path, run_train, capfd):
 
 
 def test_updates_that_stay_non_finite_end_the_run(tmp_path, run_train):
-    code, _, err = run_train(
-        tmp_path,
-        "--config.optimizer.learning_rate=1e38",
-        "--config.optimizer.clip_norm=none",
-        "--config.checkpoint.every=1",
-        "--config.nonfinite.max_consecutive=2",
-    )
+    """The parameters that such updates left are never saved: with better settings the same run goes on."""
+    assert run_train(tmp_path, "--config.steps=3")[0] == 0
+    bad = ["--config.optimizer.learning_rate=1e38", "--config.optimizer.clip_norm=none", "--config.checkpoint.every=1"]
+    code, _, err = run_train(tmp_path, *bad, "--config.checkpoint.keep=1", "--config.nonfinite.max_consecutive=2")
     assert (code, err.count("\n")) == (1, 1), err
-    assert "3 updates in a row and 3 in all were skipped (allowed: 2 and 100); last good checkpoint: step " in err
+    assert "3 updates in a row and 3 in all were skipped (allowed: 2 and 100); last good checkpoint: step 3" in err
+    code, out, _ = run_train(tmp_path)
+    assert (code, "continuing after step 3" in out) == (0, True)
+
+
+def test_best_checkpoint_outlives_the_process(tmp_path, run_train, capfd):
+    """The first evaluation is the best one, for after it the run diverges; a resumed run keeps it, and generate finds it."""
+    worse = ["--config.optimizer.learning_rate=3", "--config.schedule.decay=constant", "--config.checkpoint.keep=1"]
+    assert run_train(tmp_path, "--config.steps=4")[0] == 0
+    for steps in (8, 12):
+        assert run_train(tmp_path, *worse, f"--config.steps={steps}")[0] == 0
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (4, [4, 9, 12])
+    assert generate.main(["generate", f"--workdir={tmp_path}", "--max_tokens=2", "--checkpoint=best"]) == 0
+    capfd.readouterr()
+
+
+def test_a_mistake_does_not_touch_a_complete_run(finished, tmp_path, run_train):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.glob("*.*") if path.is_file()}
+    assert run_train(workdir, "--config.steps=20", "--config.data.corpus=/nowhere")[0] == 2
+    assert before == {path: path.read_bytes() for path in workdir.glob("*.*") if path.is_file()}
+    assert "is complete" in run_train(workdir)[1]
+
+
+def test_fewer_steps_than_the_first_evaluation(tmp_path, run_train):
+    """A run that is cut short where nothing was evaluated yet is evaluated at its end."""
+    never = "--config.evaluation.every=50"
+    assert run_train(tmp_path, never, "--config.steps=3")[0] == 0
+    (tmp_path / "summary.json").unlink()
+    rows = [line for line in (tmp_path / "metrics.jsonl").read_text().splitlines(True) if "validation" not in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    code, out, err = run_train(tmp_path, never, "--config.steps=3")
+    assert (code, "is complete: 3 steps, validation" in out) == (0, True), err
+
+
+@pytest.mark.parametrize(
+    "name, code, part", [("summary.json", 0, ""), ("metrics.jsonl", 1, "metrics.jsonl: line 1 is damaged")]
+)
+def test_damaged_files(name, code, part, finished, tmp_path, run_train):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    (workdir / name).write_text("{\n")
+    actual, _, err = run_train(workdir)
+    assert (actual, err.count("\n")) == (code, code), err
+    assert part in err
+
+
+def test_workdir_that_is_a_file(tmp_path, run_train):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err = run_train(path)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert f"--workdir={path}: must be a folder that can be written" in err
 
 
 def test_generate(finished, capfd):

@@ -60,7 +60,7 @@ def test_signals_save_and_end_in_one_line(what, name, finished, tmp_path, run_tr
     workdir = tmp_path / "run"
     ended = crash(what, 4, workdir)
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"error: stopped by {name}; step ")
+    assert ended.stderr.startswith(f"error: stopped by {name}; last good checkpoint: step ")
     assert ended.stderr.count("\n") == 1
     assert Checkpoints(workdir, read_only=True).steps()[-1] in (5, 6)
     assert run_train(workdir)[0] == 0
