@@ -1,10 +1,11 @@
 """What every command line shares: flags, `--config.a.b=value` pairs, one-line errors, exit codes.
 
-Exit codes: 0 done; 2 usage (ValueError or FileNotFoundError: something the caller gave is wrong); 1 any other failure,
-Ctrl-C and SIGTERM included. `--debug` adds the traceback.
+Exit codes: 0 done; 2 usage (something the caller gave is wrong: ValueError, a file that is missing or in the way); 1 any
+other failure, Ctrl-C and SIGTERM included. `--debug` adds the traceback.
 """
 
 import difflib
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from deltajax.training.errors import RunError
+from deltajax.errors import RunError
 
 
 def flag_values() -> flags.FlagValues:
@@ -48,7 +49,7 @@ def run(
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 1, debug)
-    except (ValueError, FileNotFoundError, flags.Error) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, flags.Error) as error:
         return _fail(_describe(error), 2, debug)
     except Exception as error:
         return _fail(_describe(error), 1, debug)
@@ -100,6 +101,8 @@ def _parse(argv: list[str], values: flags.FlagValues) -> dict[str, str]:
         hint = f"; did you mean --{nearest[0]}{'.' + key if key else ''}?" if nearest else ""
         known = ", ".join(f"--{flag}" for flag in sorted(values))
         raise ValueError(f"--{error.flagname}: no such flag{hint} (flags: {known})") from None
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(re.sub(r"\('(.*)', '.*'\)$", r"\1", str(error))) from None  # a tuple that absl prints raw
     if positional:
         raise ValueError(f"{positional[0]}: only flags are allowed, as --name=value")
     return overrides

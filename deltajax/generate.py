@@ -1,56 +1,73 @@
-"""Continue a prompt with a trained model: `python -m deltajax.generate --workdir=runs/first_run --prompt="def "`."""
+"""Continue a prompt with a trained model: `python -m deltajax.generate --workdir=runs/first_run --prompt="def "`.
 
+How tokens are drawn is, where no flag says otherwise, what the run's config says.
+"""
+
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 
-from deltajax import cli, data
-from deltajax.layers.param import abstract_params
-from deltajax.models import lm
-from deltajax.training import sampling, serialize
-from deltajax.training.checkpoint import Checkpoints, abstract_like
-from deltajax.training.config import Sampling
+from deltajax import cli
+from deltajax.errors import RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    default = Sampling()
     values = cli.flag_values()
     flags.DEFINE_string("workdir", None, "workdir of a training run", flag_values=values)
     flags.DEFINE_string("prompt", "", "text to continue; may be empty", flag_values=values)
-    flags.DEFINE_integer("max_tokens", default.max_tokens, "tokens to draw", flag_values=values)
-    flags.DEFINE_float("temperature", default.temperature, "0 takes the likeliest token", flag_values=values)
-    flags.DEFINE_integer("top_k", default.top_k, "only the k likeliest tokens", flag_values=values)
-    flags.DEFINE_float(
-        "top_p", default.top_p, "only the likeliest tokens of this total probability", flag_values=values
-    )
+    flags.DEFINE_integer("max_tokens", None, "tokens to draw", flag_values=values)
+    flags.DEFINE_float("temperature", None, "0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "only the k likeliest tokens", flag_values=values)
+    flags.DEFINE_float("top_p", None, "only the likeliest tokens of this total probability", flag_values=values)
     flags.DEFINE_integer("seed", 0, "same seed, same text", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_enum("checkpoint", "latest", ("latest", "best"), "which checkpoint", flag_values=values)
 
     def action(_: dict[str, str]) -> None:
         if not values.workdir:
             raise ValueError("--workdir: the workdir of a training run is missing")
-        how = Sampling(values.max_tokens, values.temperature, values.top_k, values.top_p)
-        checkpoints = Checkpoints(Path(values.workdir), read_only=True)
-        step = checkpoints.best_step() if values.checkpoint == "best" else checkpoints.steps()[-1]
-        config = serialize.from_json(checkpoints.progress(step)["config"])
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = checkpoints.restore_params(step, abstract_like(abstract_params(lm.param_specs(config.model)), device))
-        text = sampling.continue_text(
-            params,
-            config.model,
-            data.load_tokenizer(config.data.tokenizer),
-            os.fsencode(values.prompt),
-            jax.random.key(values.seed),
-            how,
-        )
-        sys.stdout.buffer.write(text + b"\n")
+        sys.stdout.buffer.write(_generate(values) + b"\n")
 
     return cli.run(action, values, __doc__ or "", argv)
+
+
+def _generate(values: flags.FlagValues) -> bytes:
+    import jax  # here, so that Ctrl-C while it is imported is one line too
+
+    from deltajax import data
+    from deltajax.layers.param import abstract_params
+    from deltajax.models import lm
+    from deltajax.training import sampling, serialize
+    from deltajax.training.checkpoint import Checkpoints, abstract_like
+    from deltajax.training.config import Sampling
+
+    given = {name: getattr(values, name) for name in ("max_tokens", "temperature", "top_k", "top_p")}
+    given = {name: value for name, value in given.items() if value is not None}
+    Sampling(**given)  # complains of values out of range before anything is read
+    checkpoints = Checkpoints(Path(values.workdir), read_only=True)
+    steps = [checkpoints.best_step()] if values.checkpoint == "best" else checkpoints.steps()[::-1]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for step in steps:
+        try:
+            progress = checkpoints.progress(step)
+            config = serialize.from_json(progress["config"])
+            shapes = abstract_like(abstract_params(lm.param_specs(config.model)), device)
+            params = checkpoints.restore_params(step, shapes)
+            break
+        except RunError as error:
+            if step == steps[-1]:
+                raise
+            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+    how = dataclasses.replace(config.sampling, **given)
+    tokenizer = data.load_tokenizer(config.data.tokenizer)
+    if tokenizer.identity != progress["tokenizer"]:
+        raise ValueError(f"tokenizer: {config.data.tokenizer!r} is not the one that the model was trained with")
+    key = jax.random.key(values.seed)
+    return sampling.continue_text(params, config.model, tokenizer, os.fsencode(values.prompt), key, how)
 
 
 if __name__ == "__main__":

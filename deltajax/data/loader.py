@@ -40,6 +40,7 @@ class Dataset:
       bytes_per_target: bytes over targets in the validation documents; of tasks made of text. Mean loss in
         nats over (ln 2 * bytes_per_target) is bits per byte: exact over the whole validation split for any
         tokenizer, over any part of it for the byte tokenizer, whose value is 1.
+      fingerprint: differs where the data differ, to tell on resume; "": not known.
     """
 
     train: Source
@@ -50,6 +51,7 @@ class Dataset:
     tokenizer: Tokenizer | None = None
     validation_text: bytes = b""
     bytes_per_target: float = 1.0
+    fingerprint: str = ""
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
         """Endless batches: the rows of this process, a contiguous slice of each global batch.

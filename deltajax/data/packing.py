@@ -71,6 +71,7 @@ def best_fit_decreasing(sizes: Int[np.ndarray, "items"], capacity: int) -> Int[n
       sizes: in [1, capacity].
       capacity: of every bin.
     """
+    capacity = min(capacity, int(sizes.sum()))  # one bin then holds all
     bin_of_item = np.empty(len(sizes), np.int64)
     order = np.argsort(-sizes, kind="stable")
     distinct, counts = np.unique(-sizes, return_counts=True)

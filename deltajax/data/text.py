@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import lzma
 
 import numpy as np
@@ -81,7 +82,16 @@ def load(config: Config) -> Dataset:
         tokenizer=tokenizer,
         validation_text=text,
         bytes_per_target=len(text) / int(np.sum(validation.lengths - 1)),
+        fingerprint=_fingerprint(tokenizer.identity, text, train.lengths, validation.lengths),
     )
+
+
+def _fingerprint(identity: str, text: bytes, *lengths: np.ndarray) -> str:
+    """Of what is at hand without reading a large corpus: every document's length, and the validation text."""
+    digest = hashlib.sha256(identity.encode() + text)
+    for of_split in lengths:
+        digest.update(np.asarray(of_split, "<i8").tobytes())
+    return digest.hexdigest()
 
 
 class TokensInMemory:

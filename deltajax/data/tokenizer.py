@@ -59,6 +59,8 @@ class FileTokenizer:
             content = Path(path).read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(f"tokenizer: {str(path)!r} does not exist; give 'byte' or a file") from None
+        except OSError as error:
+            raise ValueError(f"tokenizer: {str(path)!r} cannot be read: {error.strerror}") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exceptions

@@ -13,9 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from deltajax.errors import RunError
 from deltajax.training import serialize
 from deltajax.training.config import TrainConfig
-from deltajax.training.errors import RunError
 from deltajax.training.step import TrainState
 
 # Keys whose change makes a checkpoint's arrays unusable or gives them another meaning.
@@ -84,20 +84,19 @@ class Checkpoints:
         return min(scored, key=scored.__getitem__) if scored else self.steps()[-1]
 
     def save(
-        self, step: int, state: TrainState, config: TrainConfig, iterator: dict, best_loss: float, loss: float | None
+        self, step: int, state: TrainState, config: TrainConfig, progress: dict[str, Any], loss: float | None
     ) -> None:
         """Start to save; returns once the arrays are copied. The save before this one has finished by then.
 
         Args:
-          iterator: state of the data iterator, JSON.
-          best_loss: lowest validation loss so far, in nats.
+          progress: what else is needed to go on, JSON; comes back from `restore`, with the config in it.
           loss: validation loss at this very step, if it was measured.
 
         Raises:
           RunError: this save or the one before it failed.
         """
         rest = {k: getattr(state, k) for k in ("opt_state", "rng", "step", "skipped", "streak")}
-        progress = {"config": serialize.to_json(config), "iterator": iterator, "best_loss": best_loss}
+        progress = {"config": serialize.to_json(config), **progress}
         with self._failures(f"the checkpoint of step {step} or the one before it"):
             self._manager.save(
                 step,
@@ -169,7 +168,7 @@ class Checkpoints:
             return self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
 
     def progress(self, step: int) -> dict:
-        """The JSON part: `config`, `iterator`, `best_loss`.
+        """What `save` was given as progress, and `config`, all JSON.
 
         Raises:
           RunError: the checkpoint cannot be read.

@@ -1,7 +1,10 @@
 """What a run is: one frozen, checked dataclass. An experiment file builds it in `get_config()`."""
 
 import dataclasses
+import difflib
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from deltajax.models import lm
@@ -189,3 +192,29 @@ class TrainConfig:
         require(
             decay is None or decay <= longest, "schedule.decay_steps", decay, f"<= steps - warmup_steps = {longest}"
         )
+
+
+def load_config(path: str) -> TrainConfig:
+    """What `get_config()` of the experiment file at `path` returns.
+
+    Raises:
+      ValueError: no such file, an error while it runs, no `get_config`, or that returns something else.
+    """
+    if not Path(path).is_file():
+        nearest = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"--config={path}: no such file{hint}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config={path}: must be a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("the file defines no get_config()")
+        config = module.get_config()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--config={path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"--config={path}: get_config() must return a TrainConfig, got {type(config).__name__}")
+    return config

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import jax
 import numpy as np
 
 from deltajax import data
+from deltajax.errors import RunError
 from deltajax.layers.param import count_params
 from deltajax.models import lm
 from deltajax.training import mesh as mesh_lib
 from deltajax.training import metrics, optimizer, sampling, serialize
 from deltajax.training.checkpoint import Checkpoints, lock
 from deltajax.training.config import TrainConfig
-from deltajax.training.errors import RunError
 from deltajax.training.step import Step, TrainState
 
 
@@ -30,8 +31,8 @@ def run(config: TrainConfig, workdir: Path) -> None:
       ValueError: the config does not fit the devices, the data or the checkpoint.
       RunError: stopped by a signal, by updates that stay non-finite, by an unreadable checkpoint or a failed save.
     """
+    step = make_step(config)  # first, so that a config that does not fit leaves nothing behind
     with lock(workdir), contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
-        step = make_step(config)
         restored = checkpoints.restore(step.abstract, config)
         summary = workdir / "summary.json"
         result = _read_summary(summary)
@@ -44,8 +45,11 @@ def run(config: TrainConfig, workdir: Path) -> None:
         run = Run(config, workdir, checkpoints, step, dataset, restored)
         with contextlib.closing(run):
             summary.unlink(missing_ok=True)
-            run.train()
-            run.finish()
+            try:
+                run.train()
+                run.finish()
+            except KeyboardInterrupt:
+                raise RunError(f"interrupted; {run.kept()}, the same command continues") from None
 
 
 def make_step(config: TrainConfig) -> Step:
@@ -77,6 +81,7 @@ class Run:
         self.step = 0
         if restored:
             self.step, self.state, progress = restored
+            self._check_same_data(progress)
             self.iterator.set_state(progress["iterator"])
             self.best_loss = progress["best_loss"]
             changed = serialize.differences(serialize.from_json(progress["config"]), config)
@@ -110,18 +115,20 @@ class Run:
                 self.step, unread = self.step + 1, values
                 last = self.step == config.steps
                 evaluate = last or self.step % config.evaluation.every == 0
-                save = last or self.step % config.checkpoint.every == 0 or stop.signal is not None
+                save = last or self.step % config.checkpoint.every == 0
                 # 3. Evaluate and save, after this step's own row.
-                if evaluate or save:
+                if evaluate or save or stop.signal is not None:
                     streak = self._report(self.step, unread)
                     unread = None
                     loss = self._evaluate() if evaluate else None
-                    if (save or (loss is not None and loss == self.best_loss)) and not streak:
+                    stopping = stop.signal is not None and not last
+                    if (save or stopping or (loss is not None and loss == self.best_loss)) and not streak:
                         self._save(loss)
-                # 4. Leave when asked to.
-                if stop.signal is not None and save and not last:
+                    if not stopping:
+                        continue
+                    # 4. Leave when asked to.
                     self.checkpoints.wait()
-                    raise RunError(f"stopped by {stop.signal.name}; {self._kept()}, the same command continues")
+                    raise RunError(f"stopped by {stop.signal.name}; {self.kept()}, the same command continues")
 
     def finish(self) -> None:
         """Plot, sample and summary; the summary is written last and marks the run as complete."""
@@ -158,7 +165,7 @@ class Run:
             raise RunError(
                 f"non-finite loss or gradient at step {step}: {row['streak']:.0f} updates in a row and "
                 f"{row['skipped']:.0f} in all were skipped (allowed: {limits.max_consecutive} and {limits.max_total}); "
-                + self._kept()
+                + self.kept()
             )
         self._tokens += row.pop("tokens")
         if step % self.config.log_every and step not in (1, self.config.steps):
@@ -186,12 +193,25 @@ class Run:
         self._clock += time.perf_counter() - started  # tokens/s counts training only
         return loss
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """What is safe on disk, for messages."""
         steps = self.checkpoints.steps()
         return f"last good checkpoint: step {steps[-1]}" if steps else "no checkpoint was saved yet"
 
+    def _check_same_data(self, progress: dict[str, Any]) -> None:
+        now = self._identities()
+        if progress["tokenizer"] != now["tokenizer"]:
+            raise ValueError(f"data.tokenizer: {self.config.data.tokenizer!r} is not the one of the checkpoint")
+        if progress["corpus"] != now["corpus"]:
+            print("warning: the corpus is not the one of the checkpoint; its losses do not compare", file=sys.stderr)
+
     def _save(self, loss: float | None) -> None:
-        self.checkpoints.save(self.step, self.state, self.config, self.iterator.get_state(), self.best_loss, loss)
+        progress = {"iterator": self.iterator.get_state(), "best_loss": self.best_loss, **self._identities()}
+        self.checkpoints.save(self.step, self.state, self.config, progress, loss)
+
+    def _identities(self) -> dict[str, str]:
+        tokenizer = self.dataset.tokenizer
+        return {"tokenizer": tokenizer.identity if tokenizer else "", "corpus": self.dataset.fingerprint}
 
 
 class _StopRequest:

@@ -13,7 +13,7 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from deltajax.training.errors import RunError
+from deltajax.errors import RunError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -71,8 +71,15 @@ def _replace(node: Any, tree: Mapping[str, Any], path: str) -> Any:
     try:
         return dataclasses.replace(node, **changes)
     except ValueError as error:
-        given = " ".join(f"--{path}.{k}={v}" for k, v in tree.items() if not isinstance(v, dict)) or f"--{path}"
-        raise ValueError(f"{given}: {error}") from error
+        raise ValueError(f"{' '.join(_given(tree, path)) or '--' + path}: {error}") from error
+
+
+def _given(tree: Mapping[str, Any], path: str) -> Iterator[str]:
+    for key, text in tree.items():
+        if isinstance(text, dict):
+            yield from _given(text, f"{path}.{key}")
+        else:
+            yield f"--{path}.{key}={text}"
 
 
 def _is_group(value: Any) -> bool:

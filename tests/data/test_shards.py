@@ -181,10 +181,10 @@ def test_the_command_line(corpus, tmp_path):
     ("arguments", "code", "message"),
     [
         (["--input=x"], 2, "--output"),
-        (["--input=x", "--output=y", "--shard=3"], 2, "Did you mean: shards"),
+        (["--input=x", "--output=y", "--shard=3"], 2, "did you mean --shards?"),
         (["--input=x", "--output=y", "--shards=0"], 2, "shards"),
         (["--input=x", "--output=y", "--validation_fraction=1"], 2, "between 0 and 1"),
-        (["--input=x", "--output=y", "z"], 2, "['z']"),
+        (["--input=x", "--output=y", "z"], 2, "z: only flags are allowed"),
         (["--input=/nowhere", "--output=y"], 2, "corpus: nothing found at '/nowhere'"),
         (["--input=stdlib", "--output=/dev/null/y"], 1, "Not a directory"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from training_runs import ROOT, TINY
 
 from deltajax import train
-from deltajax.training.config import TrainConfig
+from deltajax.training.config import TrainConfig, load_config
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,4 +66,4 @@ def finished(tmp_path_factory, _environment) -> Path:
 @pytest.fixture
 def tiny_config() -> TrainConfig:
     """What the tiny experiment file returns."""
-    return train.load_config(TINY)
+    return load_config(TINY)

@@ -6,9 +6,8 @@ import json
 from training_runs import TINY
 
 from deltajax import data
-from deltajax.train import load_config
 from deltajax.training import loop
-from deltajax.training.config import Mesh
+from deltajax.training.config import Mesh, load_config
 
 config = load_config(TINY)
 dataset = data.load(config.data)

@@ -40,11 +40,12 @@ def assert_same_run(workdir: Path, finished: Path):
 
 def test_killed_at_random_steps_and_in_saves(finished, tmp_path, run_train):
     """One run, killed again and again, at drawn steps and in two moments of a save."""
-    seed = int(os.environ.get("KILL_SEED", "0"))
+    seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(1000)))
+    print(f"KILL_SEED={seed}")  # pytest shows it if the test fails
     workdir = tmp_path / "run"
     steps = sorted(random.Random(seed).sample([1, 2, 4, 5, 7, 8, 10, 11], 3))
     for what, step in [("kill", s) for s in steps] + [("kill_in_save", 9), ("kill_before_commit", 12)]:
-        done = max(Checkpoints(workdir, read_only=True).steps(), default=0) if (workdir / "checkpoints").exists() else 0
+        done = max((int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=0)
         if step <= done:
             continue
         assert crash(what, step, workdir).returncode == -signal.SIGKILL
@@ -62,7 +63,7 @@ def test_signals_save_and_end_in_one_line(what, name, finished, tmp_path, run_tr
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"error: stopped by {name}; last good checkpoint: step ")
     assert ended.stderr.count("\n") == 1
-    assert Checkpoints(workdir, read_only=True).steps()[-1] in (5, 6)
+    assert Checkpoints(workdir, read_only=True).steps()[-1] in (4, 5)
     assert run_train(workdir)[0] == 0
     assert_same_run(workdir, finished)
 

@@ -11,9 +11,8 @@ from training_runs import HERE, TINY, start
 from deltajax import data
 from deltajax.layers.param import ParamSpec, is_spec
 from deltajax.models import lm
-from deltajax.train import load_config
 from deltajax.training import loop, mesh, metrics, optimizer
-from deltajax.training.config import Mesh, Optimizer, Sampling, Schedule
+from deltajax.training.config import Mesh, Optimizer, Sampling, Schedule, load_config
 from deltajax.training.sampling import generate, sample
 from deltajax.training.step import gradients
 
