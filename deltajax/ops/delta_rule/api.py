@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.ops.delta_rule import chunked, reference
 from deltajax.ops.segments import segment_starts
+from pallas_kernels import tpu
 
 # name -> f(q, k, v, beta, g, initial_state, *, scale) on checked arrays: k, v, beta with an R axis, g None or in
 # [-inf, 0], initial_state present in the accumulation dtype. An implementation that cannot serve the shapes or the
@@ -15,6 +16,7 @@ from deltajax.ops.segments import segment_starts
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.delta_product,
     "chunked": chunked.delta_product,
+    "pallas_tpu": tpu.delta_product,
 }
 
 # Tried in order when the caller names none.

@@ -1,0 +1,125 @@
+"""The TPU kernels: numbers and races in interpret mode; compiles for real TPUs where libtpu is installed."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from delta_rule_cases import NAMES, compare, draw
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
+from jax.experimental.pallas import tpu as pltpu
+
+from deltajax.ops import delta_product
+from pallas_kernels import tpu
+
+
+@pytest.fixture(autouse=True)
+def _interpreted():
+    with jax.enable_x64(True), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    assert not (interpret_pallas_call.races and interpret_pallas_call.races.races_found)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "steps", "heads", "value_heads", "key_dim", "value_dim", "gate", "segmented"),
+    [
+        (1, 130, 1, 1, 1, 64, 64, None, False),
+        (2, 65, 1, 2, 4, 40, 24, "scalar", True),
+        (1, 33, 2, 2, 2, 16, 128, "strong", False),
+        (1, 40, 3, 1, 3, 32, 16, "scalar", False),
+        (1, 50, 4, 3, 3, 16, 16, None, True),
+        (1, 1, 2, 1, 1, 8, 8, "scalar", False),
+        (1, 0, 1, 1, 1, 8, 8, None, False),
+    ],
+)
+def test_float32(batch, length, steps, heads, value_heads, key_dim, value_dim, gate, segmented):
+    arguments = draw(0, batch, length, steps, heads, value_heads, key_dim, value_dim, gate)
+    segments = jnp.asarray(np.arange(length) // 7)[None].repeat(batch, 0) if segmented else None
+    compare(arguments, "pallas_tpu", 2e-6, 5e-6, segment_ids=segments)
+
+
+@pytest.mark.parametrize(("steps", "gate", "cosine"), [(1, "scalar", 0.5), (4, None, 0.5), (1, "strong", 0.95)])
+def test_bfloat16(steps, gate, cosine):
+    compare(draw(1, 1, 200, steps, 1, 2, 64, 64, gate, 2.0, cosine, "bfloat16"), "pallas_tpu", 1e-2, 2e-2)
+
+
+def test_correlated_keys():
+    compare(draw(2, 1, 256, 2, 1, 1, 64, 64, None, 2.0, 0.95), "pallas_tpu", 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("change", ["g=-50", "g=-inf", "beta=0", "k=0"])
+def test_degenerate_inputs(change):
+    arguments = draw(3, 1, 70, 2, 1, 2, 8, 8, "scalar")
+    name, value = change.split("=")
+    arguments[name] = jnp.full_like(arguments[name], float(value))
+    compare(arguments, "pallas_tpu", 1e-5, 1e-4)
+
+
+def test_under_vmap(monkeypatch):
+    monkeypatch.setattr(tpu, "SEMANTICS", None)  # interpret mode of jax 0.12 forgets the axis that vmap adds
+    a = draw(6, 2, 40, 2, 1, 2, 8, 8, "scalar")
+    tokens = [a[name] for name in NAMES[:5]]
+
+    def loss(*tokens, implementation="pallas_tpu"):
+        o, state = delta_product(*tokens, implementation=implementation)
+        return jnp.sum(o**2) + jnp.sum(state**2)
+
+    one = jax.grad(lambda *x: loss(*(y[None] for y in x)), argnums=range(5))  # remat: interpret mode has none
+    expected = jax.grad(lambda *x: loss(*x, implementation="chunked"), argnums=range(5))(*tokens)
+    for x, y in zip(jax.vmap(one)(*tokens), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gate", "dtype", "message"), [("channel", "float32", "channel gates"), (None, "float64", "float64")]
+)
+def test_what_has_no_kernel_says_so(gate, dtype, message):
+    a = draw(7, 1, 9, 1, 1, 1, 8, 8, gate, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=f"pallas_tpu: .*{message}"):
+        delta_product(*(a.get(name) for name in NAMES[:5]), implementation="pallas_tpu")
+
+
+COMPILE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from deltajax.ops import delta_product
+
+devices = topologies.get_topology_desc(sys.argv[1], platform="tpu").devices
+mesh = Mesh(np.array(devices[:1]), ("x",))
+sharding = NamedSharding(mesh, PartitionSpec())
+for steps, heads, value_heads, dim, gate, dtype in (
+    (1, 16, 16, 128, True, "bfloat16"), (1, 2, 4, 64, True, "float32"), (2, 2, 2, 64, False, "bfloat16"),
+    (3, 1, 1, 40, True, "float32"), (4, 2, 2, 128, True, "bfloat16"), (1, 1, 1, 256, True, "bfloat16"),
+):
+    shapes = [(1, 300, heads, dim), (1, 300, steps, heads, dim), (1, 300, steps, value_heads, dim), (1, 300, steps, value_heads)]
+    arguments = [jax.ShapeDtypeStruct(s, dtype, sharding=sharding) for s in shapes]
+    if gate:
+        arguments.append(jax.ShapeDtypeStruct((1, 300, value_heads), "float32", sharding=sharding))
+
+    def loss(*arguments):
+        o, state = delta_product(*arguments, implementation="pallas_tpu")
+        return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(state)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        gradient = jax.jit(jax.value_and_grad(jax.checkpoint(loss), argnums=range(len(arguments))))
+        text = gradient.trace(*arguments).lower(lowering_platforms=("tpu",)).compile().as_text()
+        under_vmap = jax.jit(jax.vmap(jax.grad(loss)))
+        batched = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype, sharding=sharding) for x in arguments]
+        under_vmap.trace(*batched).lower(lowering_platforms=("tpu",)).compile()
+    assert text.count("delta_product_forward") and text.count("delta_product_backward")
+"""
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_compiles_ahead_of_time(topology):
+    """Through the real Mosaic and TPU compilers: `pip install libtpu`, which the default install does not have."""
+    pytest.importorskip("libtpu")
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    command = [sys.executable, "-c", COMPILE, topology]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
+    assert done.returncode == 0, done.stderr[-2000:]
