@@ -1,8 +1,10 @@
 """The TPU kernels: numbers and races in interpret mode; compiles for real TPUs where libtpu is installed."""
 
+import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from delta_rule_cases import NAMES, compare, draw
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import tpu_cycles
 from deltajax.ops import delta_product
 from pallas_kernels import tpu
 
@@ -119,7 +122,22 @@ for steps, heads, value_heads, dim, gate, dtype in (
 def test_compiles_ahead_of_time(topology):
     """Through the real Mosaic and TPU compilers: `pip install libtpu`, which the default install does not have."""
     pytest.importorskip("libtpu")
-    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_LOG_DIR": "disabled",
+    }
     command = [sys.executable, "-c", COMPILE, topology]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("generation", "what"), [("v5e", "forward"), ("v6e", "forward+backward")])
+def test_no_slower_than_the_committed_table(generation, what):
+    pytest.importorskip("libtpu")
+    key = {"generation": generation, "pass": what, "steps": "1"}
+    table = Path(tpu_cycles.__file__).with_name("results").joinpath("tpu_cycles.csv").read_text()
+    (committed,) = (row for row in csv.DictReader(table.splitlines()) if key.items() <= row.items())
+    cycles = [int(row["kernels"]) + int(row["xla"]) for row in (tpu_cycles.measure(generation, what, 1), committed)]
+    assert cycles[0] < 1.05 * cycles[1]
