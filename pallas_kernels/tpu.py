@@ -32,8 +32,6 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     if g is not None and g.ndim == q.ndim:
         raise NotImplementedError("channel gates (g of shape [B, T, HV, K]) have no TPU kernel yet")
     batch, length, steps, heads = v.shape[:4]
-    if 0 in (batch, length, heads):
-        return v[:, :, 0], initial_state
     tokens = max(8, 1 << (ROWS // steps).bit_length() - 1)
     chunks = -(-length // tokens)
 

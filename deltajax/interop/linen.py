@@ -28,6 +28,10 @@ class Mixer(nn.Module):
         y, new_state = functions.apply(params, self.config, x, segment_ids=segment_ids, state=state)
         return y if state is None else (y, new_state)
 
+    def init_state(self, d_model: int, batch: int, max_length: int, dtype: Any = "float32") -> Any:
+        """The state before the first token."""
+        return mixer.module_of(self.config).init_state(self.config, d_model, batch, max_length, dtype)
+
 
 class LanguageModel(nn.Module):
     """`deltajax.models.lm`."""
@@ -42,3 +46,7 @@ class LanguageModel(nn.Module):
         params = self.param("weights", lm.init, self.config)
         logits, new_state = lm.apply(params, self.config, tokens, segment_ids=segment_ids, state=state)
         return logits if state is None else (logits, new_state)
+
+    def init_state(self, batch: int, max_length: int) -> Any:
+        """The state before the first token."""
+        return lm.init_state(self.config, batch, max_length)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from deltajax.errors import check_integers, check_number
 from deltajax.layers import linear
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
@@ -24,6 +25,7 @@ class Config:
       window: tokens a query sees, itself included; None: all before it.
       rope_base: base of the rotary frequencies (arXiv 2104.09864).
       qk_norm: RMSNorm on each head's queries and keys.
+      norm_eps: of these norms.
     """
 
     num_heads: int
@@ -36,16 +38,13 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads must be >= 1, got {self.num_heads}")
-        if self.head_dim < 2 or self.head_dim % 2:
+        check_integers(self, 1, "num_heads", "head_dim", "num_kv_heads", "window")
+        if self.head_dim % 2:
             raise ValueError(f"head_dim must be even and >= 2, got {self.head_dim}")
-        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be >= 1 or none, got {self.window}")
-        if self.rope_base <= 1:
-            raise ValueError(f"rope_base must be > 1, got {self.rope_base}")
+        check_number(self, "rope_base", 1)
+        check_number(self, "norm_eps", 0)
 
     @property
     def kv_heads(self) -> int:
@@ -75,9 +74,9 @@ def init(key: PRNGKeyArray, config: Config, d_model: int) -> dict:
 def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype: Any = jnp.float32) -> dict:
     """An empty cache of keys and values.
 
-    Without a window it holds max_length tokens, which the caller must not exceed; with one, a ring of `window` tokens.
+    With a window a ring of `window` tokens; else max_length tokens: the output of any token after these is NaN.
     """
-    slots = max_length if config.window is None else min(config.window, max_length)
+    slots = max_length if config.window is None else config.window
     cache = jnp.zeros((batch, slots, config.kv_heads, config.head_dim), dtype)
     # A slot that holds no token yet has position -1.
     return {"k": cache, "v": cache, "positions": jnp.full((slots,), -1, jnp.int32), "length": jnp.zeros((), jnp.int32)}
@@ -93,11 +92,17 @@ def apply(
 ) -> tuple[Float[Array, "B T D"], dict | None]:
     """Attend; with a state, to the tokens it holds as well, and return it with these tokens added."""
     batch, length, _ = x.shape
-    q, k, v = ((x @ params[name].astype(x.dtype)).reshape(batch, length, -1, config.head_dim) for name in "qkv")
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids must be [B, T] = {(batch, length)}, got {segment_ids.shape}")
+
+    def project(name, heads):
+        return (x @ params[name].astype(x.dtype)).reshape(batch, length, heads, config.head_dim)
+
+    q, k, v = project("q", config.num_heads), project("k", config.kv_heads), project("v", config.kv_heads)
     if config.qk_norm:
         q = rms_norm(q, params["q_norm"], config.norm_eps)
         k = rms_norm(k, params["k_norm"], config.norm_eps)
-    positions = jnp.arange(length) + (0 if state is None else state["length"])
+    positions = jnp.arange(length, dtype=jnp.int32) + (0 if state is None else state["length"])
     q, k = (rotary(y, positions, config.rope_base) for y in (q, k))
     key_positions = positions
     if state is not None:
@@ -116,7 +121,9 @@ def apply(
         documents = number_segments(segment_ids)
         visible = visible & (documents[:, :, None] == documents[:, None, :])
     o = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
-    y = o.reshape(batch, length, -1) @ params["o"].astype(x.dtype)
+    if state is not None and config.window is None:
+        o = jnp.where((positions < state["k"].shape[1])[:, None, None], o, jnp.nan)
+    y = o.reshape(batch, length, config.num_heads * config.head_dim) @ params["o"].astype(x.dtype)
     return y, None if state is None else new_state
 
 

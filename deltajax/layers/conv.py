@@ -42,4 +42,4 @@ def apply(
         if segment_ids is not None and i < width - 1:
             term = jnp.where((before[:, i : i + length] == segment_ids)[..., None], term, 0)
         y = y + term
-    return y, padded[:, length:]
+    return y, padded[:, length:].astype(state.dtype)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from deltajax.errors import check_integers, check_number
 from deltajax.layers import conv, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, init_params
-from deltajax.ops import delta_product, delta_product_step
+from deltajax.ops import IMPLEMENTATIONS, delta_product, delta_product_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +48,21 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
-        for name in ("num_heads", "head_dim", "num_householder"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_value_heads is not None and (self.num_value_heads < 1 or self.num_value_heads % self.num_heads):
+        check_integers(self, 1, "num_heads", "head_dim", "num_value_heads", "value_head_dim", "num_householder")
+        check_integers(self, 0, "conv_width")
+        check_number(self, "beta_max", 0, 2)
+        check_number(self, "norm_eps", 0)
+        if self.num_value_heads is not None and self.num_value_heads % self.num_heads:
             raise ValueError(
                 f"num_value_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_value_heads}"
             )
-        if self.value_head_dim is not None and self.value_head_dim < 1:
-            raise ValueError(f"value_head_dim must be >= 1 or none, got {self.value_head_dim}")
-        if not 0 < self.beta_max <= 2:
-            raise ValueError(f"beta_max must be in (0, 2], got {self.beta_max}")
         if self.gate not in (None, "scalar", "channel"):
             raise ValueError(f"gate must be none, scalar or channel, got {self.gate!r}")
         if self.output_gate not in (None, "silu", "sigmoid"):
             raise ValueError(f"output_gate must be none, silu or sigmoid, got {self.output_gate!r}")
-        if self.conv_width < 0:
-            raise ValueError(f"conv_width must be >= 0, got {self.conv_width}")
+        if self.implementation is not None and self.implementation not in IMPLEMENTATIONS:
+            known = ", ".join(sorted(IMPLEMENTATIONS))
+            raise ValueError(f"implementation must be none or one of {known}, got {self.implementation!r}")
 
     @property
     def value_heads(self) -> int:
@@ -75,6 +74,16 @@ class Config:
         """V."""
         return self.value_head_dim or self.head_dim
 
+    @property
+    def projected_dims(self) -> dict[str, int]:
+        """Widths of the projections to queries, keys and values."""
+        keys = self.num_heads * self.head_dim
+        return {
+            "q": keys,
+            "k": self.num_householder * keys,
+            "v": self.num_householder * self.value_heads * self.value_dim,
+        }
+
 
 deltanet = Config  # arXiv 2406.06484
 gated_deltanet = functools.partial(Config, gate="scalar", output_gate="silu")  # arXiv 2412.06464
@@ -85,12 +94,7 @@ kda = functools.partial(Config, gate="channel", output_gate="sigmoid")  # Kimi D
 
 def param_specs(config: Config, d_model: int, out_scale: float = 1.0) -> dict:
     """Projections [D, ...], convolutions, gates and norm; k and v hold their R sets side by side."""
-    steps, heads, value_heads = config.num_householder, config.num_heads, config.value_heads
-    dims = {
-        "q": heads * config.head_dim,
-        "k": steps * heads * config.head_dim,
-        "v": steps * value_heads * config.value_dim,
-    }
+    steps, value_heads, dims = config.num_householder, config.value_heads, config.projected_dims
     specs = {name: linear.spec(d_model, dim, "embed", "heads") for name, dim in dims.items()}
     if config.conv_width:
         specs |= {f"{name}_conv": conv.param_spec(config.conv_width, dim) for name, dim in dims.items()}
@@ -122,15 +126,10 @@ def init(key: PRNGKeyArray, config: Config, d_model: int) -> dict:
 
 def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype: Any = jnp.float32) -> dict:
     """The state before the first token: its size does not depend on max_length."""
-    steps, heads, value_heads = config.num_householder, config.num_heads, config.value_heads
-    state = {"s": jnp.zeros((batch, value_heads, config.head_dim, config.value_dim), jnp.float32)}
+    state = {"s": jnp.zeros((batch, config.value_heads, config.head_dim, config.value_dim), jnp.float32)}
     if config.conv_width:
-        dims = {
-            "q": heads * config.head_dim,
-            "k": steps * heads * config.head_dim,
-            "v": steps * value_heads * config.value_dim,
-        }
-        state |= {name: jnp.zeros((batch, config.conv_width - 1, dim), dtype) for name, dim in dims.items()}
+        for name, dim in config.projected_dims.items():
+            state[name] = jnp.zeros((batch, config.conv_width - 1, dim), dtype)
     return state
 
 
@@ -146,6 +145,8 @@ def apply(
     if state is not None and segment_ids is not None:
         raise ValueError("delta mixer: segment_ids and a state exclude each other")
     batch, length, _ = x.shape
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids must be [B, T] = {(batch, length)}, got {segment_ids.shape}")
     weight = {name: p.astype(x.dtype) for name, p in params.items()}
     new_state = {}
     mixed = {}
@@ -178,7 +179,8 @@ def apply(
         o = o * jax.nn.silu(x @ weight["out_gate"]).reshape(o.shape)
     if config.output_gate == "sigmoid":
         o = o * jax.nn.sigmoid(x @ weight["out_gate_down"] @ weight["out_gate_up"]).reshape(o.shape)
-    return o.reshape(batch, length, -1) @ weight["o"], None if state is None else new_state
+    o = o.reshape(batch, length, value_heads * config.value_dim)
+    return o @ weight["o"], None if state is None else new_state
 
 
 def _log_decay(params: dict, config: Config, x: Array) -> Array | None:
@@ -187,7 +189,8 @@ def _log_decay(params: dict, config: Config, x: Array) -> Array | None:
         return None
     names = ("g",) if config.gate == "scalar" else ("g_down", "g_up")
     raw = functools.reduce(lambda y, name: y @ params[name].astype(x.dtype), names, x).astype(jnp.float32)
-    raw = raw.reshape(*x.shape[:2], config.value_heads, -1) + params["dt_bias"].astype(jnp.float32)
+    dt_bias = params["dt_bias"].astype(jnp.float32)
+    raw = raw.reshape(*x.shape[:2], *dt_bias.shape) + dt_bias
     g = -jnp.exp(params["a_log"].astype(jnp.float32))[:, None] * jax.nn.softplus(raw)
     return g[..., 0] if config.gate == "scalar" else g
 

@@ -1,4 +1,4 @@
-"""Normalisations, in float32 whatever the activations are."""
+"""Normalisations, in float32 even if the activations are bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ def rms_norm_spec(dim: int, axis: str | None = None) -> ParamSpec:
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467)."""
-    y = x.astype(jnp.float32)
+    y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    return (y * scale.astype(y.dtype)).astype(x.dtype)
 
 
 def l2_norm(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
     """x / sqrt(sum(x^2) + eps): unit length, and zero stays zero with a finite gradient."""
-    y = x.astype(jnp.float32)
+    y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
     return (y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)

@@ -10,22 +10,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from deltajax.errors import check_integers, check_number
 from deltajax.layers import mixer as mixers_lib
 from deltajax.layers import mlp
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, count_params, init_params, stack_specs
 
 
-class FrozenMapping(dict):
-    """A dict that is not changed after it is made, and can therefore be hashed."""
+class FrozenMapping(Mapping):
+    """A mapping that cannot be changed, and can therefore be hashed."""
 
-    def __hash__(self):  # type: ignore[override]
-        """Hash of the items."""
-        return hash(tuple(sorted(self.items(), key=lambda item: item[0])))
+    def __init__(self, items: Mapping):
+        """Copy the items."""
+        self._items = dict(items)
 
-    def __setitem__(self, *_):
-        """Refuse."""
-        raise TypeError("this mapping is frozen; make a new one")
+    def __getitem__(self, key):
+        """The value of a key."""
+        return self._items[key]
+
+    def __iter__(self):
+        """The keys, in the order given."""
+        return iter(self._items)
+
+    def __len__(self):
+        """Number of items."""
+        return len(self._items)
+
+    def __hash__(self):
+        """Hash of the items, whatever their order, as equality has it."""
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self):
+        """The items as a dict's."""
+        return repr(self._items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +76,11 @@ class Config:
     def __post_init__(self):
         """Check ranges; make the mapping hashable, for the config is a static argument of jitted functions."""
         object.__setattr__(self, "mixers", FrozenMapping(self.mixers))
+        if isinstance(self.pattern, str):
+            raise ValueError(f"pattern must be a tuple of names, got {self.pattern!r}")
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        for name in ("vocab_size", "d_model"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.mlp_dim is not None and self.mlp_dim < 1:
-            raise ValueError(f"mlp_dim must be >= 1 or none, got {self.mlp_dim}")
+        check_integers(self, 1, "vocab_size", "d_model", "mlp_dim")
+        check_number(self, "norm_eps", 0)
         if not self.pattern:
             raise ValueError("pattern must name at least one layer, got ()")
         for name in self.pattern:
@@ -186,18 +202,21 @@ def hidden(
     state: list | None = None,
 ) -> tuple[Float[Array, "B T D"], list | None]:
     """The normalised residual stream that the output projection reads; arguments as in `apply`."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
+    if segment_ids is not None and segment_ids.shape != tokens.shape:
+        raise ValueError(f"segment_ids must have the shape of tokens, {tokens.shape}, got {segment_ids.shape}")
     x = params["embed"].astype(config.dtype)[tokens]
     new_state: list = []
     for i, (unit, repeats) in enumerate(layer_groups(config.pattern)):
         run: Callable = functools.partial(_unit, config, unit, segment_ids)
+        scanned = config.scan_layers and repeats > 1
         if config.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            run = jax.checkpoint(
-                run, policy=dots if config.remat == "dots" else None, prevent_cse=not config.scan_layers
-            )
+            run = jax.checkpoint(run, policy=dots if config.remat == "dots" else None, prevent_cse=not scanned)
         advanced: Any
         layers = (params["groups"][i], None if state is None else state[i])
-        if config.scan_layers and repeats > 1:
+        if scanned:
             x, advanced = jax.lax.scan(run, x, layers)
         else:
             each = []

@@ -44,8 +44,8 @@ def _deltanet(d_model: int, pattern: tuple[str, ...] = ("delta",) * 24) -> lm.Co
 
 
 def _deltaproduct(d_model: int, heads: int, gated: bool) -> lm.Config:
-    """DeltaProduct with R = 3 (arXiv 2502.10297): 24 layers, heads of 128; gated: with forget gate."""
-    config = delta.deltaproduct(heads, 128, num_householder=3, gate="scalar" if gated else None)
+    """DeltaProduct with R = 3 (arXiv 2502.10297): 24 layers, heads of 128; gated: with forget gate and output gate."""
+    config = (delta.gated_deltaproduct if gated else delta.deltaproduct)(heads, 128, num_householder=3)
     return _build(d_model, ("delta",) * 24, delta=config)
 
 

@@ -1,6 +1,8 @@
 """The language model: every mixer, decoding against the parallel pass, packing, layouts of the computation."""
 
+import copy
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,38 @@ def test_decoding_equals_the_parallel_pass(name):
         piece, state = apply(params, config, t[:, start:stop], state=state)
         logits.append(piece)
     np.testing.assert_allclose(np.concatenate(logits, 1), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_no_tokens(shape):
+    config, params = model(("kda", "deltaproduct", "attention", "window"))
+    state = lm.init_state(config, shape[0], 5)
+    logits, after = lm.apply(params, config, tokens(*shape), state=state)
+    assert logits.shape == (*shape, 31)
+    jax.tree.map(np.testing.assert_array_equal, state, after if shape[0] else state)
+
+
+def test_beyond_the_length_of_the_state():
+    """A window goes on; full attention, which cannot, gives NaN instead of wrong numbers."""
+    for name, goes_on in (("window", True), ("attention", False)):
+        config, params = model((name,))
+        t = tokens(1, 9)
+        expected, _ = apply(params, config, t)
+        logits, state = apply(params, config, t[:, :3], state=lm.init_state(config, 1, 3))
+        np.testing.assert_allclose(logits, expected[:, :3], rtol=1e-4, atol=2e-5)
+        logits, _ = apply(params, config, t[:, 3:], state=state)
+        if goes_on:
+            np.testing.assert_allclose(logits, expected[:, 3:], rtol=1e-4, atol=2e-5)
+        else:
+            assert np.isnan(logits).all()
+
+
+def test_configs_can_be_copied_and_not_changed():
+    config = make(("kda",))
+    for same in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert same == config and hash(same) == hash(config)
+    with pytest.raises(TypeError):
+        config.mixers["kda"] = MIXERS["deltanet"]
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -142,15 +176,19 @@ def test_stacked_layers_are_drawn_independently():
         (lambda: make(("delta",)), "pattern names 'delta', which is not one of mixers: deltanet"),
         (lambda: make(("kda",), dtype="float16"), "dtype must be one of float32, bfloat16, got 'float16'"),
         (lambda: make(("kda",), remat="some"), "remat must be one of"),
-        (lambda: lm.Config(31, 0, ("kda",), MIXERS), "d_model must be >= 1, got 0"),
+        (lambda: lm.Config(31, 0, ("kda",), MIXERS), "d_model must be an integer >= 1, got 0"),
         (lambda: lm.Config(31, 8, ("x",), {"x": 3}), "mixer config must be one of .*got int"),
-        (lambda: delta.deltanet(0, 8), "num_heads must be >= 1, got 0"),
+        (lambda: delta.deltanet(0, 8), "num_heads must be an integer >= 1, got 0"),
         (lambda: delta.deltanet(2, 8, num_value_heads=3), "num_value_heads must be a multiple of num_heads = 2, got 3"),
-        (lambda: delta.deltanet(2, 8, beta_max=2.5), r"beta_max must be in \(0, 2\], got 2.5"),
+        (lambda: delta.deltanet(2, 8, beta_max=2.5), r"beta_max must be a number in \(0, 2\], got 2.5"),
         (lambda: delta.deltanet(2, 8, gate="vector"), "gate must be none, scalar or channel, got 'vector'"),
         (lambda: attention.Config(4, 7), "head_dim must be even"),
         (lambda: attention.Config(4, 8, num_kv_heads=3), "num_kv_heads must divide num_heads = 4, got 3"),
-        (lambda: attention.Config(4, 8, window=0), "window must be >= 1 or none, got 0"),
+        (lambda: attention.Config(4, 8, window=0), "window must be an integer >= 1 or none, got 0"),
+        (lambda: attention.Config(4, 8, rope_base=float("nan")), "rope_base must be a number > 1, got nan"),
+        (lambda: delta.deltanet(2.0, 8), r"num_heads must be an integer >= 1, got 2\.0"),
+        (lambda: delta.deltanet(2, 8, implementation="chunky"), "implementation must be none or one of .*got 'chunky'"),
+        (lambda: make("kda"), "pattern must be a tuple of names, got 'kda'"),
     ],
 )
 def test_bad_configs_are_named(build, message):
@@ -164,3 +202,11 @@ def test_state_and_segments_exclude_each_other(name):
     config, params = model((name,))
     with pytest.raises(ValueError, match="exclude each other"):
         lm.apply(params, config, tokens(1, 3), segment_ids=jnp.ones((1, 3), int), state=lm.init_state(config, 1, 3))
+
+
+def test_bad_tokens_are_named():
+    config, params = model(("kda",))
+    with pytest.raises(ValueError, match=r"tokens must be integers \[B, T\], got float32 \(1, 3\)"):
+        lm.apply(params, config, jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"segment_ids must have the shape of tokens, \(2, 3\), got \(1, 3\)"):
+        lm.apply(params, config, tokens(2, 3), segment_ids=jnp.ones((1, 3), int))

@@ -2,6 +2,9 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -150,27 +153,82 @@ def test_every_default_exists():
     ("replace", "message"),
     [
         ({"q": np.zeros((2, 5, 8))}, r"q must be \[B, T, H, K\], got shape \(2, 5, 8\)"),
-        ({"k": np.zeros((2, 5, 2, 1, 7))}, r"k must be .*\(2, 5, 2, 1, 8\).*got \(2, 5, 2, 1, 7\)"),
+        ({"k": np.zeros((2, 5, 2, 1, 7))}, r"k must be .*\(2, 5, 2, 1, 8\).*got shape \(2, 5, 2, 1, 7\)"),
         ({"v": np.zeros((2, 5, 0, 2, 4))}, "R >= 1"),
         ({"v": np.zeros((2, 6, 2, 2, 4))}, "v must be"),
-        ({"q": np.zeros((2, 5, 3, 8))}, "2 heads, which is not a multiple of q's 3"),
+        ({"q": np.zeros((2, 5, 3, 8))}, "HV must be a multiple of H >= 1, got v with 2 heads and q with 3"),
         ({"beta": np.zeros((2, 5, 2))}, "beta must be"),
         ({"g": np.zeros((2, 5, 2, 7))}, "g must be .*HV, K"),
         ({"g": np.zeros((2, 5))}, "g must be"),
         ({"initial_state": np.zeros((2, 2, 4, 8))}, "initial_state must be"),
         ({"segment_ids": np.zeros((2, 4), int)}, "segment_ids must be"),
-        ({"beta": np.zeros((2, 5, 2, 2), int)}, "beta must be a floating-point array, got int"),
+        ({"beta": np.zeros((2, 5, 2, 2), int)}, "beta must be floating-point, got int"),
+        ({"segment_ids": np.zeros((2, 5))}, "segment_ids must be integers, got float"),
+        ({"scale": np.ones(3)}, "scale must be one number"),
+        ({"implementation": 3}, "3 is not one of"),
         ({"implementation": "chunky"}, "'chunky' is not one of chunked, pallas_tpu, reference"),
         ({"implementation": ()}, "empty sequence"),
     ],
 )
 def test_bad_arguments_are_named(replace, message):
     arguments = draw(9, 2, 5, 2, 1, 2, 8, 4, "scalar") | {
-        name: x if name == "implementation" else jnp.asarray(x) for name, x in replace.items()
+        name: x if name in ("implementation", "scale") else jnp.asarray(x) for name, x in replace.items()
     }
     with pytest.raises(ValueError, match=message) as error:
         delta_product(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_messages_name_the_callers_axes():
+    a = {name: x[:, :, 0] if name in ("k", "v", "beta") else x for name, x in draw(9, 2, 5, 1, 1, 2, 8, 4).items()}
+    q, k, v, beta = (a[name] for name in NAMES[:4])
+    with pytest.raises(
+        ValueError, match=r"beta must be \[B, T, HV\] = \(2, 5, 2\) to agree with q and v, got shape \(2, 4, 2\)"
+    ):
+        delta_rule(q, k, v, beta[:, 1:])
+    with pytest.raises(ValueError, match=r"^state must be \[B, HV, K, V\] = \(2, 2, 8, 4\)"):
+        delta_product_step(a["initial_state"][:1], q[:, 0], k[:, :1], v[:, :1], beta[:, :1])
+
+
+@pytest.mark.parametrize("empty", ["B", "T", "HV", "K", "V"])
+@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+def test_empty_axes(empty, implementation):
+    sizes = {"B": 2, "T": 3, "HV": 2, "K": 4, "V": 5} | {empty: 0}
+    b, t, hv, k, v = (sizes[name] for name in ("B", "T", "HV", "K", "V"))
+    q, keys, values, beta = (np.ones(s) for s in ((b, t, 1, k), (b, t, 2, 1, k), (b, t, 2, hv, v), (b, t, 2, hv)))
+    o, state = delta_product(q, keys, values, beta, implementation=implementation)
+    assert (o.shape, state.shape) == ((b, t, hv, v), (b, hv, k, v))
+    assert not np.any(o) and not np.any(state)
+
+
+@pytest.mark.parametrize("over", ["batch", "heads"])
+def test_inside_shard_map(over):
+    """Eight simulated devices, varying axes checked, no state given: values and gradients as without."""
+    code = f"""
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from deltajax.ops import delta_product
+draw = np.random.default_rng(0).standard_normal
+q, k = draw((8, 20, 8, 4), np.float32), draw((8, 20, 2, 8, 4), np.float32) / 3
+v, beta, ids = draw((8, 20, 2, 8, 4), np.float32), np.full((8, 20, 2, 8), 0.7, np.float32), np.arange(160).reshape(8, 20) // 9
+mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+if {over!r} == "batch":
+    specs, out = (P("x"),) * 5, P("x")
+else:
+    specs, out = (P(None, None, "x"), *(P(None, None, None, "x"),) * 3, P()), P(None, "x")
+for implementation, packed in (("reference", True), ("chunked", True), ("chunked", False)):
+    def local(q, k, v, beta, ids):
+        o, state = delta_product(q, k, v, beta, segment_ids=ids if packed else None, implementation=implementation)
+        return jnp.sum(o**2, (1, 3)), jnp.sum(state**2, (2, 3))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(out, out))
+    def total(f, *x):
+        return sum(map(jnp.sum, f(*x, ids)))
+    gradients = [jax.jit(jax.value_and_grad(lambda *x, f=f: total(f, *x), argnums=(0, 1, 2, 3))) for f in (local, mapped)]
+    expected, actual = (f(q, k, v, beta) for f in gradients)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), expected, actual)
+"""
+    settings = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=settings)
 
 
 def test_implementations_are_tried_in_order(monkeypatch):

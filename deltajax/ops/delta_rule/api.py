@@ -1,12 +1,14 @@
 """Public entry points: check the arguments, turn document boundaries into gates, choose an implementation."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops.delta_rule import chunked, reference
+from deltajax.ops.manual_axes import vary_alike
 from deltajax.ops.segments import segment_starts
 from pallas_kernels import tpu
 
@@ -51,36 +53,23 @@ def delta_product(
       g: log decay <= 0 (-inf is allowed and erases the state), per head, or per head and key channel (KDA).
       scale: multiplies q; default K ** -0.5.
       initial_state: state before the first token; default zeros. It belongs to the first segment.
-      segment_ids: packed documents: the state resets wherever the id differs from the previous token's.
+      segment_ids: packed documents: the state resets wherever the id differs from the previous token's. What is finite
+        in one document does not touch another; an inf or nan goes on to the documents after it.
       implementation: a name in `IMPLEMENTATIONS`, or several to try in order; default: the platform's best.
 
     Returns:
       (o, final_state): o in v's dtype, the state after the last token in float32 (float64 for float64 inputs).
-      Both are differentiable in every array argument except segment_ids.
+      Both are differentiable in every array argument except segment_ids, in reverse mode; "reference" in forward mode too.
 
     Raises:
-      ValueError: shapes disagree, or an unknown implementation.
+      ValueError: shapes or types disagree, or an unknown implementation.
       NotImplementedError: no implementation asked for can serve; the message lists each one's reason.
 
     References:
       DeltaNet: arXiv 2406.06484, section 3; DeltaProduct: arXiv 2502.10297, eq. 5; Gated DeltaNet: 2412.06464.
     """
-    _check_shapes(q, k, v, beta, g, initial_state, segment_ids)
-    batch, _, _, key_dim = q.shape
-    heads, value_dim = v.shape[3:]
-    dtype = _state_dtype(q, k, v, beta, g, initial_state)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
-    if segment_ids is not None:
-        g = _gate_with_resets(g, segment_ids, beta, dtype)
-    arguments = (q, k, v, beta, g, initial_state.astype(dtype))
-    reasons = []
-    for name in _candidates(implementation):
-        try:
-            return IMPLEMENTATIONS[name](*arguments, scale=key_dim**-0.5 if scale is None else scale)
-        except NotImplementedError as error:
-            reasons.append(f"{name}: {error}")
-    raise NotImplementedError("no implementation can serve this call; " + "; ".join(reasons))
+    arrays = _checked("", q, k, v, beta, g, segment_ids, initial_state=initial_state)
+    return _dispatch(*arrays, scale=scale, implementation=implementation)
 
 
 def delta_rule(
@@ -100,13 +89,10 @@ def delta_rule(
     `S <- exp(g) S; S <- S + k (beta (v - S^T k))^T; o = scale S^T q`. Arguments, results, errors and references
     are those of `delta_product`.
     """
-    for name, x, ndim in (("k", k, 4), ("v", v, 4), ("beta", beta, 3)):
-        if x.ndim != ndim:
-            raise ValueError(f"delta_rule: {name} must have {ndim} axes, got shape {x.shape}")
-    return delta_product(
-        q, k[:, :, None], v[:, :, None], beta[:, :, None], g,
-        scale=scale, initial_state=initial_state, segment_ids=segment_ids, implementation=implementation,
-    )  # fmt: skip
+    q, k, v, beta, *rest = _checked("R", q, k, v, beta, g, segment_ids, initial_state=initial_state)
+    return _dispatch(
+        q, k[:, :, None], v[:, :, None], beta[:, :, None], *rest, scale=scale, implementation=implementation
+    )
 
 
 def delta_product_step(
@@ -120,11 +106,40 @@ def delta_product_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B HV V"], Float[Array, "B HV K V"]]:
     """One token of `delta_product`, for decoding: returns (o, new state). R = 1 is the delta rule."""
-    one = slice(None), None
-    _check_shapes(q[one], k[one], v[one], beta[one], None if g is None else g[one], state, None)
+    if state is None:
+        raise ValueError("state must be [B, HV, K, V], got None; zeros before the first token")
+    q, k, v, beta, g, _, state = _checked("T", q, k, v, beta, g, None, state=state)
     state = state.astype(_state_dtype(q, k, v, beta, g, state))
-    o, state = reference.step(state, q, k, v, beta, g, q.shape[-1] ** -0.5 if scale is None else scale)
+    o, state = reference.step(state, q, k, v, beta, g, _scale(scale, q))
     return o.astype(v.dtype), state
+
+
+def _dispatch(q, k, v, beta, g, segment_ids, initial_state, *, scale, implementation):
+    """`delta_product` on checked arrays."""
+    (batch, _, _, key_dim), (heads, value_dim) = q.shape, v.shape[3:]
+    dtype = _state_dtype(q, k, v, beta, g, initial_state)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
+    if segment_ids is not None:
+        g = _gate_with_resets(g, segment_ids, beta, dtype)
+    arguments = vary_alike(q, k, v, beta, g, initial_state.astype(dtype))
+    candidates, reasons = _candidates(implementation), []
+    if v.size == 0 or q.size == 0:
+        return jnp.zeros_like(v[:, :, 0]), arguments[-1]
+    for name in candidates:
+        try:
+            return IMPLEMENTATIONS[name](*arguments, scale=_scale(scale, q))
+        except NotImplementedError as error:
+            reasons.append(f"{name}: {error}")
+    raise NotImplementedError("no implementation can serve this call; " + "; ".join(reasons))
+
+
+def _scale(scale, q):
+    if scale is None:
+        return max(q.shape[-1], 1) ** -0.5
+    if jnp.ndim(scale) or not jnp.issubdtype(jnp.result_type(scale), jnp.number):
+        raise ValueError(f"scale must be one number, got {scale!r}")
+    return scale
 
 
 def _state_dtype(*arrays):
@@ -142,7 +157,7 @@ def _gate_with_resets(g, segment_ids, beta, dtype):
 def _candidates(implementation: str | Sequence[str] | None) -> Sequence[str]:
     if implementation is None:
         return DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
     for name in names:
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"implementation: {name!r} is not one of {', '.join(sorted(IMPLEMENTATIONS))}")
@@ -151,32 +166,43 @@ def _candidates(implementation: str | Sequence[str] | None) -> Sequence[str]:
     return names
 
 
-def _check_shapes(q, k, v, beta, g, initial_state, segment_ids):
-    """One line per disagreement: the argument, the shape it has, the shape it must have."""
-    if q.ndim != 4:
-        raise ValueError(f"q must be [B, T, H, K], got shape {q.shape}")
-    if v.ndim != 5:
-        raise ValueError(f"v must be [B, T, R, HV, V], got shape {v.shape}")
-    batch, length, heads, key_dim = q.shape
-    steps, value_heads, value_dim = v.shape[2:]
-    if steps < 1:
-        raise ValueError(f"v must be [B, T, R, HV, V] with R >= 1, got shape {v.shape}")
-    if heads < 1 or value_heads % heads:
-        raise ValueError(f"v has {value_heads} heads, which is not a multiple of q's {heads}")
-    expected = {
-        "k": (k, "[B, T, R, H, K]", (batch, length, steps, heads, key_dim)),
-        "v": (v, "[B, T, R, HV, V]", (batch, length, steps, value_heads, value_dim)),
-        "beta": (beta, "[B, T, R, HV]", (batch, length, steps, value_heads)),
-        "initial_state": (initial_state, "[B, HV, K, V]", (batch, value_heads, key_dim, value_dim)),
-        "segment_ids": (segment_ids, "[B, T]", (batch, length)),
-    }
-    if g is not None and g.ndim == 4:
-        expected["g"] = (g, "[B, T, HV, K]", (batch, length, value_heads, key_dim))
-    else:
-        expected["g"] = (g, "[B, T, HV] or [B, T, HV, K]", (batch, length, value_heads))
-    for name, (x, axes, shape) in expected.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} must be {axes} = {shape} to agree with q and v, got {x.shape}")
-    for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("g", g), ("initial_state", initial_state)):
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be a floating-point array, got {x.dtype}")
+_AXES = {
+    "q": "B T H K", "k": "B T R H K", "v": "B T R HV V", "beta": "B T R HV", "g": "B T HV", "g per channel": "B T HV K",
+    "state": "B HV K V", "initial_state": "B HV K V", "segment_ids": "B T",
+}  # fmt: skip
+
+
+def _checked(without, q, k, v, beta, g, segment_ids, **state):
+    """The arguments as JAX arrays, in the order given; `without`: an axis (T or R) that the caller's arrays do not have.
+
+    Raises:
+      ValueError: names the argument, the shape or type it has, and what it must have.
+    """
+    sizes: dict[str, int] = {}
+    arrays: list[Any] = []
+    for name, x in dict(q=q, v=v, k=k, beta=beta, g=g, segment_ids=segment_ids, **state).items():
+        if x is None and name in ("g", "segment_ids", "initial_state"):
+            arrays.append(None)
+            continue
+        try:
+            x = jnp.asarray(x)
+        except TypeError as error:
+            raise ValueError(f"{name} must be an array, got {type(x).__name__}") from error
+        layout = _AXES["g per channel" if name == "g" and x.ndim == 4 - (without == "T") else name]
+        axes = [axis for axis in layout.split() if axis != without]
+        for axis, size in zip(axes, x.shape, strict=False):
+            sizes.setdefault(axis, size)
+        expected = tuple(sizes.get(axis, 0) for axis in axes)
+        if x.shape != expected:
+            agreeing = "" if x.ndim != len(axes) else f" = {expected} to agree with q and v"
+            raise ValueError(f"{name} must be [{', '.join(axes)}]{agreeing}, got shape {x.shape}")
+        kind, known = (jnp.integer, "integers") if name == "segment_ids" else (jnp.floating, "floating-point")
+        if not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(f"{name} must be {known}, got {x.dtype}")
+        arrays.append(x)
+        if name == "v" and sizes.get("R", 1) < 1:
+            raise ValueError(f"v must have R >= 1 steps per token, got shape {x.shape}")
+        if name == "v" and (sizes["H"] < 1 or sizes["HV"] % sizes["H"]):
+            raise ValueError(f"HV must be a multiple of H >= 1, got v with {sizes['HV']} heads and q with {sizes['H']}")
+    q, v, k, *rest = arrays
+    return q, k, v, *rest

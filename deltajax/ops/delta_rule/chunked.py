@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltajax.ops.manual_axes import vary_alike
+
 ROWS = 32  # rows of a chunk: fewer make the matrix products small, more make scores and substitution dominate
 BLOCK_ROWS = 2048  # rows, over batch and heads, worked on together (measured on a CPU: they stay in its cache)
 BLOCK_CHUNKS = 8  # chunks worked on together at most: their recurrence is unrolled
@@ -31,15 +33,13 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     The backward keeps the inputs and the state before each block of chunks, and recomputes the rest.
     """
     batch, length, steps, heads, value_dim = v.shape
-    if length == 0:
-        return v[:, :, 0], initial_state
     tokens = min(_power_of_two_up_to(max(ROWS // steps, 1)), _power_of_two_up_to(2 * length - 1))
     chunks = -(-length // tokens)
     chunks_at_once = min(BLOCK_CHUNKS, max(1, BLOCK_ROWS // (tokens * steps * batch * heads)))
     blocks = -(-chunks // chunks_at_once)
     chunks = -(-chunks // blocks)
     dtype = initial_state.dtype
-    precision = "default" if q.dtype == jnp.bfloat16 else "highest"
+    precision = "default" if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else "highest"
 
     def split(x):
         """[B, T, ..] -> [blocks, B, chunks, tokens, ..], padded with tokens that change nothing."""
@@ -88,7 +88,7 @@ def _block(state, q, k, v, beta, g, precision):
     solution = unit_lower_solve(a, rhs, precision)
     u, w = solution[..., :value_dim], solution[..., value_dim:]
     k_to_end = rows(k * to_end[..., None, :])
-    states, v_new, state = _recurrence(state, u, w, k_to_end, total[..., None], precision)
+    states, v_new, state = _recurrence(*vary_alike(state, u, w, k_to_end, total[..., None]), precision)
     return state, matmul(q * from_start, states) + matmul(p, v_new)
 
 
@@ -229,7 +229,7 @@ unit_lower_solve.defvjp(_forward_substitution, _backward_substitution)
 
 
 def _invert_diagonal_blocks(a):
-    """(I + a)^-1 of the diagonal blocks of 8 rows or less, row by row: [.., N / size, size, size]."""
+    """(I + a)^-1 of the diagonal blocks (of 8 rows or less, if N is a power of two), row by row: [.., N / size, size, size]."""
     size = a.shape[-1]
     while size % 2 == 0 and size > 8:
         size //= 2
