@@ -1,10 +1,20 @@
-"""The chunked delta product as TPU kernels (Mosaic): gates, inverse, WY parts and the scan over chunks in one kernel.
+"""The chunked delta product as TPU kernels (Mosaic): gates, scores, inverse, WY parts and the scan over chunks.
 
-The grid is (batch, value head, chunk); the state stays in VMEM, in float32, from chunk to chunk. A chunk has C queries and
-N = C R rows of keys and values. Row s carries the gate of its token if it is the token's first row, else 0, so that every
-decay is the exponential of a sum of gates over rows, and R > 1 needs no case of its own. The mathematics is that of
-`deltajax.ops.delta_rule.chunked`; the backward kernel goes through the chunks in reverse with `jax.vjp` of the same
-function of one chunk, from the states before each chunk that the forward kernel wrote.
+Three kernels, each on the grid (batch, block of heads, chunk). "inverse" forms (I + A)^-1 of every chunk: it needs no state,
+so no chunk waits for another. "forward" scans over the chunks with the state in VMEM, in float32. "backward" scans in
+reverse with `jax.vjp` of the function of one chunk, from these inverses and from the states that the forward kernel wrote.
+
+A chunk has C queries and N = C R rows of keys and values. Row s carries the gate of its token if it is the token's first
+row, else 0, so that every decay is the exponential of a sum of gates over rows, and R > 1 needs no case of its own. With S
+the state before the chunk, per head (arXiv 2406.06484, section 3.2; 2412.06464, section 3.3)::
+
+    A = strict_tril(beta_i (k_i . k_j) D_ij)                            [N, N]
+    V' = (I + A)^-1 beta (V - D_i,start K S)                            [N, V]
+    O = scale (D_t,start Q S + P V'),   P_tj = (q_t . k_j) D_tj         [C, V]
+    S <- D_end,start S + K^T (D_end,j V')                               [K, V]
+
+The heads of a block go in step, as the leading axis of every array: their products then fill each other's latencies. Arrays
+are read as the caller has them, [B, T, H, K], and turned in VMEM, where that costs next to nothing.
 """
 
 import functools
@@ -15,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 ROWS = 64  # rows of a chunk, at most
+HEADS = 16  # value heads of a block
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
-SPLIT = "bfloat16 pairs"
+VMEM_LIMIT = 64 * 2**20  # bytes
 SEMANTICS: tuple | None = ("parallel", "parallel", "arbitrary")  # of the grid
-HEADS = 8  # value heads of one step of the grid, at most: the compiler interleaves them, which hides latencies
 
 
 def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
@@ -32,280 +42,321 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     if g is not None and g.ndim == q.ndim:
         raise NotImplementedError("channel gates (g of shape [B, T, HV, K]) have no TPU kernel yet")
     batch, length, steps, heads = v.shape[:4]
+    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
+    if heads > max(HEADS, 2 * q.shape[2]):
+        q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
     tokens = max(8, 1 << (ROWS // steps).bit_length() - 1)
     chunks = -(-length // tokens)
 
-    def head_major(x):
-        """[B, T, (R,) heads, D] -> [B, heads, T' (R), D], padded with tokens that change nothing."""
-        x = jnp.pad(x, [(0, chunks * tokens - length if axis == 1 else 0) for axis in range(x.ndim)])
-        x = jnp.moveaxis(x, -2, 1)
-        return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
     def per_chunk(x):
-        """[B, T, R, HV] -> float32 [B, HV, chunks, 1, N]."""
-        return head_major(x[..., None].astype(jnp.float32)).reshape(batch, heads, chunks, 1, tokens * steps)
+        """[B, T, R, HV] -> float32 [B, HV, chunks, 1, N], padded with zeros."""
+        x = jnp.pad(x.astype(jnp.float32), [(0, chunks * tokens - length if axis == 1 else 0) for axis in range(4)])
+        return jnp.moveaxis(x, 3, 1).reshape(batch, heads, chunks, 1, tokens * steps)
 
     rows = [per_chunk(beta)]
     if g is not None:
         g = jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
         rows.append(per_chunk(jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2)))
-    o, state = _scan(head_major(q), head_major(k), head_major(v), jnp.concatenate(rows, -2), initial_state, scale)
-    return jnp.moveaxis(o, 1, 2)[:, :length], state
+    merged = (x.reshape(batch, length * steps, *x.shape[3:]) for x in (k, v))  # T and R: the same bytes
+    sequences = (x.astype(dtype) for x in (q, *merged))
+    constant = scale if isinstance(scale, int | float) else 1.0
+    o, state = _scan(*sequences, jnp.concatenate(rows, axis=-2), initial_state, constant)
+    return (o if constant is scale else o * scale).astype(v.dtype), state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _scan(q, k, v, rows, state, scale):
-    """q [B, H, T, K], k [B, H, T R, K], v [B, HV, T R, V], rows (beta, gates) [B, HV, chunks, 1 or 2, N], state [B, HV, K, V]."""
-    return _forward(q, k, v, rows, state, scale, keep_states=False)[:2]
+    """q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], rows (beta, gates) [B, HV, chunks, 1 or 2, N], state [B, HV, K, V]."""
+    inverses = _inverses(q, k, v, rows)
+    return _forward(q, k, v, rows, inverses, state, scale, keep_states=False)[:2]
 
 
 def _scan_forward(q, k, v, rows, state, scale):
-    o, last, states = _forward(q, k, v, rows, state, scale, keep_states=True)
-    return (o, last), (q, k, v, rows, states)
+    inverses = _inverses(q, k, v, rows)
+    o, last, states = _forward(q, k, v, rows, inverses, state, scale, keep_states=True)
+    return (o, last), (q, k, v, rows, inverses, states)
 
 
 def _scan_backward(scale, residuals, cotangents):
-    q, k, v, rows, states = residuals
-    dq, dk, dv, drows, dstate = _backward(q, k, v, rows, states, cotangents[0], cotangents[1], scale)
-    heads = k.shape[1]
-    dq, dk = (x.reshape(x.shape[0], heads, -1, *x.shape[2:]).sum(2) for x in (dq, dk))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv, drows, dstate
+    return _backward(*residuals, *cotangents, scale)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _specs(q, k, v, rows, chunk_of):
-    """(grid, blocks by name); states [B, HV, chunks, K, V], state [B, HV, K, V]; `chunk_of` a step of the grid's last axis."""
-    batch, heads, chunks, row_kinds, n = rows.shape
-    group = heads // k.shape[1]
-    at_once = max(m for m in range(1, HEADS + 1) if heads % m == 0 and (m % group == 0 or group % m == 0))
-    key_heads = max(1, at_once // group)
-    tokens, key_dim, value_dim = q.shape[2] // chunks, k.shape[3], v.shape[3]
+def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
+    """`pallas_call` over (batch, blocks of heads, chunks), forwards or in reverse.
 
-    def of_value_head(*size):
-        return pl.BlockSpec((None, at_once, *size), lambda b, h, c: (b, h, chunk_of(c), 0))
+    inputs: layout -> array, with "q", "k", "v" and "rows" as in `_scan` among them; outputs: (layout, shape, dtype) each. The
+    kernel is given load(ref), store(ref, x), which turn blocks of tokens to heads first and back, the refs of the inputs by
+    layout, those of the outputs, and with `state` a float32 scratch of a block's states.
+    """
+    q, k, v, rows = (inputs[name] for name in ("q", "k", "v", "rows"))
+    length, key_heads, key_dim = q.shape[1:]
+    heads, value_dim = v.shape[2:]
+    batch, _, chunks, row_kinds, n = rows.shape
+    tokens = n * length // k.shape[1]
+    value_block = min(heads, HEADS)
+    key_block = min(key_heads, value_block * key_heads // heads)
 
-    def of_key_head(*size):
-        return pl.BlockSpec(
-            (None, key_heads, *size), lambda b, h, c: (b, h * at_once // group // key_heads, chunk_of(c), 0)
-        )
+    def chunk(c):
+        return chunks - 1 - c if reverse else c
 
-    blocks = {
-        "q": of_key_head(tokens, key_dim),
-        "k": of_key_head(n, key_dim),
-        "v": of_value_head(n, value_dim),
-        "o": of_value_head(tokens, value_dim),
-        "dq": of_value_head(tokens, key_dim),
-        "dk": of_value_head(n, key_dim),
-        "rows": pl.BlockSpec((None, at_once, None, row_kinds, n), lambda b, h, c: (b, h, chunk_of(c), 0, 0)),
-        "states": pl.BlockSpec((None, at_once, None, key_dim, value_dim), lambda b, h, c: (b, h, chunk_of(c), 0, 0)),
-        "state": pl.BlockSpec((None, at_once, key_dim, value_dim), lambda b, h, c: (b, h, 0, 0)),
+    def sequence(size, heads, dim):
+        return pl.BlockSpec((None, size, heads, dim), lambda b, h, c: (b, chunk(c), h, 0))
+
+    def per_chunk(*size):
+        return pl.BlockSpec((None, value_block, None, *size), lambda b, h, c: (b, h, chunk(c), 0, 0))
+
+    layouts = {
+        "q": sequence(tokens, key_block, key_dim),
+        "k": sequence(n, key_block, key_dim),
+        "v": sequence(n, value_block, value_dim),
+        "o": sequence(tokens, value_block, value_dim),
+        "rows": per_chunk(row_kinds, n),
+        "inverses": per_chunk(n, n * _inverse_parts(k.dtype)),
+        "states": per_chunk(key_dim, value_dim),
+        "state": pl.BlockSpec((None, value_block, key_dim, value_dim), lambda b, h, c: (b, h, 0, 0)),
     }
-    return (batch, heads // at_once, chunks), blocks
 
+    def load(ref):
+        x = ref[...]
+        if length % tokens:  # what is read behind the last token is anything
+            there = (length - chunk(pl.program_id(2)) * tokens) * (x.shape[0] // tokens)
+            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < there, x.astype(jnp.float32), 0).astype(
+                x.dtype
+            )
+        return jnp.swapaxes(x, 0, 1)
 
-def _call(kernel, specs, inputs, outputs, name):
-    """`pallas_call` with a float32 state in VMEM; inputs (spec name, array), outputs (spec name, shape, dtype)."""
-    grid, blocks = specs
+    def store(ref, x):
+        ref[...] = jnp.swapaxes(x.astype(ref.dtype), 0, 1)
+
+    def body(*refs):
+        kernel(load, store, dict(zip(inputs, refs, strict=False)), *refs[len(inputs) :])
+
     return pl.pallas_call(
-        kernel,
-        grid=grid,
-        in_specs=[blocks[spec] for spec, _ in inputs],
-        out_specs=[blocks[spec] for spec, *_ in outputs],
+        body,
+        grid=(batch, -(-heads // value_block), chunks),
+        in_specs=[layouts[layout] for layout in inputs],
+        out_specs=[layouts[layout] for layout, *_ in outputs],
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs],
-        scratch_shapes=[pltpu.VMEM(blocks["state"].block_shape[1:], jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS),
-        name=name,
-    )(*(x for _, x in inputs))
+        scratch_shapes=[pltpu.VMEM((value_block, key_dim, value_dim), jnp.float32)] * state,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT),
+        name=f"delta_product_{name}",
+    )(*inputs.values())
 
 
-def _forward(q, k, v, rows, state, scale, keep_states):
+def _inverses(q, k, v, rows):
+    """(I + A)^-1 of every chunk, as the sum of its parts: [B, HV, chunks, N, parts N]."""
+
+    def kernel(load, store, refs, out):
+        k = load(refs["k"])
+        a, *_ = _scores(k, k, refs["rows"][...], 1.0)
+        out[...] = jnp.concatenate(_inverse(a, k.dtype), axis=2)
+
+    *lead, _, n = rows.shape
+    shape = (*lead, n, n * _inverse_parts(k.dtype))
+    return _call(kernel, "inverse", {"q": q, "k": k, "v": v, "rows": rows}, [("inverses", shape, k.dtype)])[0]
+
+
+def _inverse_parts(dtype):
+    return 2 if dtype == jnp.bfloat16 else 1
+
+
+def _forward(q, k, v, rows, inverses, state, scale, keep_states):
     """(o, last state, states before each chunk if asked for)."""
     batch, heads, chunks = rows.shape[:3]
-    outputs = [("o", (*v.shape[:2], q.shape[2], v.shape[3]), v.dtype), ("state", state.shape, jnp.float32)]
+    outputs = [("o", (*q.shape[:2], *v.shape[2:]), v.dtype), ("state", state.shape, jnp.float32)]
     if keep_states:
         outputs.append(("states", (batch, heads, chunks, *state.shape[2:]), jnp.float32))
 
-    def kernel(q, k, v, rows, first, o, last, *rest):
+    def kernel(load, store, refs, o, last, *rest):
         *states, state = rest
 
         @pl.when(pl.program_id(2) == 0)
         def _():
-            state[...] = first[...]
+            state[...] = refs["state"][...]
 
         for ref in states:
             ref[...] = state[...]
-        following, out = _chunk(state[...], _per_value_head(q, v), _per_value_head(k, v), v[...], rows[...], scale)
-        o[...] = out.astype(o.dtype)
-        state[...] = following
+        sequences = (load(refs[name]) for name in "qkv")
+        state[...], out = _chunk(state[...], *sequences, refs["rows"][...], refs["inverses"][...], scale)
+        store(o, out)
 
         @pl.when(pl.program_id(2) == chunks - 1)
         def _():
             last[...] = state[...]
 
-    inputs = [("q", q), ("k", k), ("v", v), ("rows", rows), ("state", state)]
-    return _call(kernel, _specs(q, k, v, rows, lambda c: c), inputs, outputs, "delta_product_forward")
+    inputs = {"q": q, "k": k, "v": v, "rows": rows, "inverses": inverses, "state": state}
+    return _call(kernel, "forward", inputs, outputs, state=True)
 
 
-def _backward(q, k, v, rows, states, do, dlast, scale):
-    """(dq, dk per value head, dv, drows, dstate)."""
-    batch, heads, chunks = rows.shape[:3]
-    summed = jnp.float32 if heads > k.shape[1] else q.dtype  # over the value heads of a key head, by the caller
-    outputs = [
-        ("dq", (batch, heads, *q.shape[2:]), summed),
-        ("dk", (batch, heads, *k.shape[2:]), summed),
-        ("v", v.shape, v.dtype),
-        ("rows", rows.shape, rows.dtype),
-        ("state", dlast.shape, jnp.float32),
-    ]
+def _backward(q, k, v, rows, inverses, states, do, dlast, scale):
+    """(dq, dk, dv, drows, dstate)."""
+    chunks = rows.shape[2]
+    outputs = [("q", q), ("k", k), ("v", v), ("rows", rows), ("state", dlast)]
 
-    def kernel(q, k, v, rows, states, do, dlast, dq, dk, dv, drows, dfirst, dstate):
+    def kernel(load, store, refs, dq, dk, dv, drows, dfirst, dstate):
         @pl.when(pl.program_id(2) == 0)
         def _():
-            dstate[...] = dlast[...]
+            dstate[...] = refs["state"][...]
 
-        arguments = (states[...], _per_value_head(q, v), _per_value_head(k, v), v[...], rows[...])
-        _, pull = jax.vjp(functools.partial(_chunk, scale=scale), *arguments)
-        dstate[...], *gradients = pull((dstate[...], do[...].astype(jnp.float32)))
-        for ref, gradient in zip((dq, dk, dv, drows), gradients, strict=True):
-            ref[...] = gradient.astype(ref.dtype)
+        arguments = (refs["states"][...], *(load(refs[name]) for name in "qkv"), refs["rows"][...])
+        chunk = functools.partial(_chunk, inverse=refs["inverses"][...], scale=scale)
+        _, pull = jax.vjp(chunk, *arguments)
+        dstate[...], *gradients, drows[...] = pull((dstate[...], load(refs["o"]).astype(jnp.float32)))
+        for ref, gradient in zip((dq, dk, dv), gradients, strict=True):
+            store(ref, gradient)
 
         @pl.when(pl.program_id(2) == chunks - 1)
         def _():
             dfirst[...] = dstate[...]
 
-    inputs = [("q", q), ("k", k), ("v", v), ("rows", rows), ("states", states), ("o", do), ("state", dlast)]
-    specs = _specs(q, k, v, rows, lambda c: chunks - 1 - c)
-    return _call(kernel, specs, inputs, outputs, "delta_product_backward")
+    inputs = {"q": q, "k": k, "v": v, "rows": rows, "inverses": inverses, "states": states, "o": do, "state": dlast}
+    shapes = [(layout, x.shape, x.dtype) for layout, x in outputs]
+    return tuple(_call(kernel, "backward", inputs, shapes, state=True, reverse=True))
 
 
-def _per_value_head(x, v):
-    """What a block of key heads holds, repeated for each of the block's value heads."""
-    group = v.shape[0] // x.shape[0]
-    return x[...] if group == 1 else jnp.concatenate([x[h // group][None] for h in range(v.shape[0])])
+# One chunk of H value heads, in step; q and k are those of the key heads.
 
 
-# One chunk of several heads, in step: the products of different heads then fill each other's latencies.
+def _chunk(state, q, k, v, rows, inverse, scale):
+    """(following state, o [H, C, V]) from state [H, K, V], q [., C, K], k [., N, K], v [H, N, V], rows [H, 1 or 2, N]."""
+    tokens = q.shape[1]
+    one, two = (1, 2) if k.dtype == jnp.bfloat16 else (None, None)  # parts: what stays in the state is kept to 16 bits
+    qk = jnp.concatenate([q, k], axis=1)
+    scores, beta, from_start, to_end, total = _scores(qk, k, rows, scale)
+    p, a = scores[:, :tokens], scores[:, tokens:]
+    read = from_start * _mm(two, one, _per_value_head(qk, v), state)
+    v_new = _solve(a, inverse, beta * (v.astype(jnp.float32) - read[:, tokens:]))
+    o = scale * read[:, :tokens] + _mm(one, one, p, v_new)
+    return total * state + _tn(two, two, _per_value_head(k, v), to_end * v_new), o
 
 
-def _chunk(state, q, k, v, rows, scale):
-    """(following state, o [H, C, V]) from state [H, K, V], q [H, C, K], k [H, N, K], v [H, N, V], rows [H, 1 or 2, N]."""
-    dtype = q.dtype.name
-    fine = "float32" if dtype == "float32" else SPLIT  # where an error would stay in the state for all later chunks
-    tokens, n = q.shape[1], k.shape[1]
+def _scores(qk, k, rows, scale):
+    """Products of C queries and N keys (or of the keys alone) with keys, weighed and masked: P above A, [H, C + N, N].
+
+    Then, per row: beta [H, N, 1]; the decays from the chunk's start [H, C + N, 1], to its end [H, N, 1], and in all.
+    """
+    n = k.shape[1]
+    tokens = qk.shape[1] - n
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
     token, row = (jax.lax.broadcasted_iota(jnp.int32, (tokens, n), axis) for axis in (0, 1))
-    seen = row < (token + 1) * (n // tokens)  # by the query of each token
-
     beta = _column(rows[:, :1], i == j)
-    a, p = _nt(dtype, k, k), scale * _nt(dtype, q, k)
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    q_from_start, k_from_start, k_to_end, total = q, k, k, jnp.ones((1, 1, 1), jnp.float32)
+    masks = [(i > j, i >= j, beta)]  # keys that it sees, gates that it meets from the chunk's start, weight
+    if tokens:
+        seen = row < (token + 1) * (n // tokens)
+        masks.insert(0, (seen, seen, scale))
+    one = 1 if k.dtype == jnp.bfloat16 else None
+    products = _per_value_head(_nt(one, one, qk, k), rows)
+    products = [products[:, :tokens], products[:, tokens:]] if tokens else [products]
+    from_start = to_end = total = jnp.ones((1, 1, 1), jnp.float32)
     if rows.shape[1] == 2:
         g = rows[:, 1:]
         later = jnp.where(i > j, _column(g, i == j), 0)  # gate of row i if it comes after row j
-        decay = jnp.exp(_masked_sums(dtype, i >= j, later))
-        a = a * decay
-        p = p * (decay if n == tokens else jnp.exp(_masked_sums(dtype, seen, later)))
-        sums = [jnp.sum(jnp.where(mask, g, 0), axis=2, keepdims=True) for mask in (seen, j <= i, j > i)]
-        q_from_start, k_from_start, k_to_end = (x * jnp.exp(s) for x, s in zip((q, k, k), sums, strict=True))
+        decays = [jnp.exp(_masked_sums(2 if k.dtype == jnp.bfloat16 else 3, met, later)) for _, met, _ in masks]
+        products = [x * decay for x, decay in zip(products, decays, strict=True)]
+        from_start = jnp.concatenate([jnp.exp(_row_sums(met, g)) for _, met, _ in masks], axis=1)
+        to_end = jnp.exp(_row_sums(j > i, g))
         total = jnp.exp(jnp.sum(g, axis=2, keepdims=True))
-    a = jnp.where(i > j, beta * a, 0)
-    p = jnp.where(seen, p, 0)
-    inverse = _inverse(jax.lax.stop_gradient(a), dtype)
-    u, w = (_solve(fine, a, inverse, beta * x) for x in (v, k_from_start))
-    v_new = u - _mm(fine, w, state)
-    o = scale * _mm(dtype, q_from_start, state) + _mm(dtype, p, v_new)
-    return total * state + _tn(fine, k_to_end, v_new), o
+    scores = [jnp.where(sees, weight * x, 0) for (sees, _, weight), x in zip(masks, products, strict=True)]
+    return jnp.concatenate(scores, axis=1), beta, from_start, to_end, total
+
+
+def _per_value_head(x, per_value_head):
+    """What key heads hold, repeated for each of their value heads."""
+    group = per_value_head.shape[0] // x.shape[0]
+    return x if group == 1 else jnp.stack([x[h // group] for h in range(per_value_head.shape[0])])
 
 
 def _column(row, diagonal):
     """[H, 1, N] -> [H, N, 1]."""
-    return jnp.sum(jnp.where(diagonal, row, 0), axis=2, keepdims=True)
+    return _row_sums(diagonal, row)
+
+
+def _row_sums(mask, row):
+    """Sums of the entries [H, 1, N] that each row of the mask [M, N] has: [H, M, 1]."""
+    return jnp.sum(jnp.where(mask, row, 0), axis=2, keepdims=True)
 
 
 def _inverse(a, dtype):
-    """(I + a)^-1 for strictly lower triangular a, by doubling diagonal blocks: exact substitution in matrix products.
+    """Arrays of `dtype` whose sum is (I + a)^-1, a strictly lower triangular: by doubling diagonal blocks.
 
-    Of blocks L = [[X, 0], [Z, Y]] the inverse is [[X', 0], [-Y' Z X', Y']]; all blocks of a size are done at once by masks.
-    In bfloat16 the errors (5e-2 with key cosine .95 and beta 2) are squared by one Newton step with an accurate residual.
+    Of blocks L = [[X, 0], [Z, Y]] the inverse is [[X', 0], [-Y' Z X', Y']]: exact substitution in matrix products; all blocks
+    of a size are done at once by masks. In bfloat16 the errors (5e-2 with key cosine .95 and beta 2) are then squared by one
+    Newton step with an accurate residual.
     """
+    one = 1 if dtype == jnp.bfloat16 else None
     n = a.shape[1]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
     identity = (i == j).astype(jnp.float32)
-    inverse = identity
-    size = 1
+    inverse = identity - jnp.where(((i ^ j) == 1) & (i > j), a, 0)
+    size = 2
     while size < n:
         below = jnp.where(((i ^ j) < 2 * size) & ((i & size) > (j & size)), a, 0)
-        inverse = inverse - (below if size == 1 else _rounded_dot(dtype, _rounded_dot(dtype, inverse, below), inverse))
+        inverse = inverse - _in_parts(one, _in_parts(one, inverse, below), inverse)
         size *= 2
-    if dtype == "float32":
-        return inverse
-    residual = identity - inverse - _rounded_dot(SPLIT, a, inverse)
-    return inverse + _rounded_dot(dtype, inverse, residual)
+    if dtype == jnp.float32:
+        return [inverse]
+    residual = (
+        identity - inverse - sum(_in_parts(p, part, inverse) for p, part in zip((2, 1), _split(a, 2), strict=True))
+    )
+    return _split(inverse + _in_parts(one, inverse, residual), 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(dtype, a, inverse, b):
-    """(I + a)^-1 b; in float32 with a step of refinement, which makes it as accurate as forward substitution."""
-    return _apply(dtype, a, inverse, b, (1, 0))
+@jax.custom_vjp
+def _solve(a, inverse, b):
+    """(I + a)^-1 b from the parts of the inverse, side by side; in float32 with a step of refinement by a."""
+    return _apply(a, inverse, b, (1, 0))
 
 
-def _apply(dtype, a, inverse, b, axes):
-    x = _rounded_dot(dtype, inverse, b, axes)
-    if dtype != "float32":
-        return x
-    return x + _dot(inverse, b - x - _dot(a, x, axes), axes)
+def _apply(a, inverse, b, axes):
+    if inverse.dtype == jnp.float32:
+        x = _dot(inverse, b, axes)
+        return x + _dot(inverse, b - x - _dot(a, x, axes), axes)
+    n = a.shape[1]
+    b, fine = _split(b, 2)
+    if axes == (1, 0):
+        x = _dot(inverse, jnp.concatenate([b, b], axis=1))
+    else:
+        x = _dot(inverse, b, axes)
+        x = x[:, :n] + x[:, n:]
+    return x + _dot(inverse[:, :, :n], fine, axes)
 
 
-def _solve_forward(dtype, a, inverse, b):
-    x = _solve(dtype, a, inverse, b)
+def _solve_forward(a, inverse, b):
+    x = _solve(a, inverse, b)
     return x, (a, inverse, x)
 
 
-def _solve_backward(dtype, residuals, dx):
+def _solve_backward(residuals, dx):
     a, inverse, x = residuals
-    db = _apply(dtype, a, inverse, dx, (0, 0))
-    return -_rounded_dot(dtype, db, x, (1, 1)), jnp.zeros_like(inverse), db
+    db = _apply(a, inverse, dx, (0, 0))
+    return -_in_parts(1 if inverse.dtype == jnp.bfloat16 else None, db, x, (1, 1)), jnp.zeros_like(inverse), db
 
 
 _solve.defvjp(_solve_forward, _solve_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _masked_sums(dtype, mask, x):
-    """mask [M, N] of 0 and 1 times x [N, P]: to 24 bits for float32, to 16 for bfloat16."""
-    return _dot_masked(dtype, mask, x, (1, 0))
+def _masked_sums(parts, mask, x):
+    """mask [M, N] of 0 and 1 times x [H, N, P] in 8 bits for each part."""
+    return _in_parts(parts, mask.astype(jnp.float32), x)
 
 
-def _dot_masked(dtype, mask, x, axes):
-    mask = mask.astype(jnp.bfloat16)  # exact, so that x alone is split
-    return sum(_dot(mask, part, axes) for part in _split(x, 3 if dtype == "float32" else 2))
+def _masked_sums_forward(parts, mask, x):
+    return _masked_sums(parts, mask, x), mask
 
 
-def _masked_sums_forward(dtype, mask, x):
-    return _masked_sums(dtype, mask, x), mask
-
-
-def _masked_sums_backward(dtype, mask, d):
-    return None, _dot_masked(dtype, mask, d, (0, 0))
+def _masked_sums_backward(parts, mask, d):
+    return None, _in_parts(parts, mask.astype(jnp.float32), d, (0, 0))
 
 
 _masked_sums.defvjp(_masked_sums_forward, _masked_sums_backward)
 
 
-def _split(x, parts):
-    """Bfloat16 arrays whose sum is x to 8 bits each."""
-    split = []
-    for _ in range(parts):
-        split.append(x.astype(jnp.bfloat16))
-        x = (x - split[-1]).astype(x.dtype)
-    return split
-
-
-# Products x y, x y^T and x^T y, summed in float32; each is the others' derivative. Operands are rounded to `dtype`: "float32",
-# "bfloat16", or SPLIT, two bfloat16 each: 16 bits in three passes.
+# Products x y, x y^T and x^T y, summed in float32; each is the others' derivative. `parts` None: in float32. Else x is rounded
+# to bfloat16 and y, or the cotangent where it meets x, is the sum of so many bfloat16 arrays, each of which costs a pass.
 
 
 def _dot(x, y, axes=(1, 0)):
@@ -318,32 +369,42 @@ def _dot(x, y, axes=(1, 0)):
     return jnp.stack([_dot(x[h] if x.ndim == 3 else x, y[h] if y.ndim == 3 else y, axes) for h in range(heads)])
 
 
-def _rounded_dot(dtype, x, y, axes=(1, 0)):
-    if dtype == SPLIT:
-        (x, x_fine), (y, y_fine) = _split(x, 2), _split(y, 2)
-        return _dot(x, y, axes) + (_dot(x, y_fine, axes) + _dot(x_fine, y, axes))
-    return _dot(x.astype(dtype), y.astype(dtype), axes)
+def _split(x, parts):
+    """Bfloat16 arrays whose sum is x to 8 bits each."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    split = []
+    for _ in range(parts):
+        split.append(x.astype(jnp.bfloat16))
+        x = x - split[-1].astype(jnp.float32)
+    return split
 
 
-def _product(axes, name_dx, name_dy):
-    def rounded(dtype, x, y):
-        return _rounded_dot(dtype, x, y, axes)
+def _in_parts(parts, x, y, axes=(1, 0)):
+    if parts is None:
+        return _dot(x.astype(jnp.float32), y.astype(jnp.float32), axes)
+    return sum(_dot(x.astype(jnp.bfloat16), part, axes) for part in _split(y, parts))
 
-    def forward(dtype, x, y):
-        return rounded(dtype, x, y), (x, y)
 
-    def backward(dtype, residuals, d):
+def _product(axes, toward_x, toward_y):
+    """f(parts of y, parts of the cotangent toward y, x, y); toward_x(x, y, d), toward_y(parts, x, y, d)."""
+
+    def product(parts, d_parts, x, y):
+        return _in_parts(parts, x, y, axes)
+
+    def forward(parts, d_parts, x, y):
+        return product(parts, d_parts, x, y), (x, y)
+
+    def backward(parts, d_parts, residuals, d):
         x, y = residuals
-        (f, left), (h, right) = ((globals()[name], order) for name, order in (name_dx, name_dy))
-        operands = {"x": x, "y": y, "d": d}
-        dx, dy = f(dtype, *(operands[o] for o in left)), h(dtype, *(operands[o] for o in right))
-        return dx.astype(x.dtype), dy.astype(y.dtype)
+        one = None if parts is None else 1
+        return toward_x(one, x, y, d).astype(x.dtype), toward_y(d_parts, x, y, d).astype(y.dtype)
 
-    product = jax.custom_vjp(rounded, nondiff_argnums=(0,))
+    product = jax.custom_vjp(product, nondiff_argnums=(0, 1))
     product.defvjp(forward, backward)
     return product
 
 
-_mm = _product((1, 0), ("_nt", "dy"), ("_tn", "xd"))
-_nt = _product((1, 1), ("_mm", "dy"), ("_tn", "dx"))
-_tn = _product((0, 0), ("_nt", "yd"), ("_mm", "xd"))
+_mm = _product((1, 0), lambda p, x, y, d: _in_parts(p, d, y, (1, 1)), lambda p, x, y, d: _in_parts(p, x, d, (0, 0)))
+_nt = _product((1, 1), lambda p, x, y, d: _in_parts(p, d, y, (1, 0)), lambda p, x, y, d: _in_parts(p, d, x, (0, 0)))
+_tn = _product((0, 0), lambda p, x, y, d: _in_parts(p, y, d, (1, 1)), lambda p, x, y, d: _in_parts(p, x, d, (1, 0)))

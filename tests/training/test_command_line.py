@@ -18,7 +18,7 @@ from deltajax.training.checkpoint import Checkpoints
         (["--config.optimizer.learning_rat=1"], ["did you mean config.optimizer.learning_rate?"]),
         (["--config.optimizer.learning_rate", "fast"], ["--config.optimizer.learning_rate=fast: must be a number"]),
         (["--config.optimizer.learning_rate=-1"], ["learning_rate must be > 0 and finite, got -1.0"]),
-        (["--config.model.mixers.swa.window=0"], ["window must be >= 1"]),
+        (["--config.model.mixers.swa.window=0"], ["window must be an integer >= 1 or none, got 0"]),
         (["--config.steps"], ["--config.steps: a value is missing"]),
         (["--config.steps=2"], ["schedule.warmup_steps must be < steps = 2, got 2"]),
         (["stray"], ["stray: only flags are allowed"]),
