@@ -63,7 +63,7 @@ def backward(do, *arguments):
     return o, pull(do)
 
 values = array(1, length, steps, heads, dim)
-beta, g = array(1, length, steps, heads), array(1, length, heads, dtype="float32")
+beta, g = array(1, length, steps, heads, dtype="float32"), array(1, length, heads, dtype="float32")
 arguments = [array(1, length, heads, dim), values, values, beta, g]
 if what != "forward":
     arguments.insert(0, array(1, length, heads, dim))

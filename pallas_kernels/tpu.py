@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 ROWS = 64  # rows of a chunk, at most
 HEADS = 16  # value heads of a block
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
-VMEM_LIMIT = 64 * 2**20  # bytes
+VMEM_LIMIT = 32 * 2**20  # bytes
 SEMANTICS: tuple | None = ("parallel", "parallel", "arbitrary")  # of the grid
 
 
@@ -49,9 +49,9 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     chunks = -(-length // tokens)
 
     def per_chunk(x):
-        """[B, T, R, HV] -> float32 [B, HV, chunks, 1, N], padded with zeros."""
+        """[B, T, R, HV] -> float32 [B, chunks, HV, 1, N], padded with zeros."""
         x = jnp.pad(x.astype(jnp.float32), [(0, chunks * tokens - length if axis == 1 else 0) for axis in range(4)])
-        return jnp.moveaxis(x, 3, 1).reshape(batch, heads, chunks, 1, tokens * steps)
+        return jnp.moveaxis(x.reshape(batch, chunks, 1, tokens * steps, heads), 4, 2)
 
     rows = [per_chunk(beta)]
     if g is not None:
@@ -66,7 +66,7 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _scan(q, k, v, rows, state, scale):
-    """q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], rows (beta, gates) [B, HV, chunks, 1 or 2, N], state [B, HV, K, V]."""
+    """q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], rows (beta, gates) [B, chunks, HV, 1 or 2, N], state [B, HV, K, V]."""
     inverses = _inverses(q, k, v, rows)
     return _forward(q, k, v, rows, inverses, state, scale, keep_states=False)[:2]
 
@@ -78,7 +78,7 @@ def _scan_forward(q, k, v, rows, state, scale):
 
 
 def _scan_backward(scale, residuals, cotangents):
-    return _backward(*residuals, *cotangents, scale)
+    return _backward(scale, *residuals, *cotangents)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -88,13 +88,13 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
     """`pallas_call` over (batch, blocks of heads, chunks), forwards or in reverse.
 
     inputs: layout -> array, with "q", "k", "v" and "rows" as in `_scan` among them; outputs: (layout, shape, dtype) each. The
-    kernel is given load(ref), store(ref, x), which turn blocks of tokens to heads first and back, the refs of the inputs by
-    layout, those of the outputs, and with `state` a float32 scratch of a block's states.
+    kernel is given load(ref) -> float32, store(ref, x), which turn blocks of tokens to heads first and back, the refs of the
+    inputs by layout, those of the outputs, and with `state` a float32 scratch of a block's states.
     """
     q, k, v, rows = (inputs[name] for name in ("q", "k", "v", "rows"))
     length, key_heads, key_dim = q.shape[1:]
     heads, value_dim = v.shape[2:]
-    batch, _, chunks, row_kinds, n = rows.shape
+    batch, chunks, _, row_kinds, n = rows.shape
     tokens = n * length // k.shape[1]
     value_block = min(heads, HEADS)
     key_block = min(key_heads, value_block * key_heads // heads)
@@ -106,7 +106,7 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
         return pl.BlockSpec((None, size, heads, dim), lambda b, h, c: (b, chunk(c), h, 0))
 
     def per_chunk(*size):
-        return pl.BlockSpec((None, value_block, None, *size), lambda b, h, c: (b, h, chunk(c), 0, 0))
+        return pl.BlockSpec((None, None, value_block, *size), lambda b, h, c: (b, chunk(c), h, 0, 0))
 
     layouts = {
         "q": sequence(tokens, key_block, key_dim),
@@ -120,12 +120,10 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
     }
 
     def load(ref):
-        x = ref[...]
+        x = ref[...].astype(jnp.float32)
         if length % tokens:  # what is read behind the last token is anything
             there = (length - chunk(pl.program_id(2)) * tokens) * (x.shape[0] // tokens)
-            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < there, x.astype(jnp.float32), 0).astype(
-                x.dtype
-            )
+            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < there, x, 0)
         return jnp.swapaxes(x, 0, 1)
 
     def store(ref, x):
@@ -147,12 +145,12 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
 
 
 def _inverses(q, k, v, rows):
-    """(I + A)^-1 of every chunk, as the sum of its parts: [B, HV, chunks, N, parts N]."""
+    """(I + A)^-1 of every chunk, as the sum of its parts: [B, chunks, HV, N, parts N]."""
 
     def kernel(load, store, refs, out):
-        k = load(refs["k"])
-        a, *_ = _scores(k, k, refs["rows"][...], 1.0)
-        out[...] = jnp.concatenate(_inverse(a, k.dtype), axis=2)
+        keys = load(refs["k"])
+        a, *_ = _scores(keys, keys, refs["rows"][...], 1.0, k.dtype)
+        out[...] = jnp.concatenate(_inverse(a, k.dtype), axis=2).astype(out.dtype)
 
     *lead, _, n = rows.shape
     shape = (*lead, n, n * _inverse_parts(k.dtype))
@@ -165,10 +163,10 @@ def _inverse_parts(dtype):
 
 def _forward(q, k, v, rows, inverses, state, scale, keep_states):
     """(o, last state, states before each chunk if asked for)."""
-    batch, heads, chunks = rows.shape[:3]
+    batch, chunks, heads = rows.shape[:3]
     outputs = [("o", (*q.shape[:2], *v.shape[2:]), v.dtype), ("state", state.shape, jnp.float32)]
     if keep_states:
-        outputs.append(("states", (batch, heads, chunks, *state.shape[2:]), jnp.float32))
+        outputs.append(("states", (batch, chunks, heads, *state.shape[2:]), jnp.float32))
 
     def kernel(load, store, refs, o, last, *rest):
         *states, state = rest
@@ -179,8 +177,8 @@ def _forward(q, k, v, rows, inverses, state, scale, keep_states):
 
         for ref in states:
             ref[...] = state[...]
-        sequences = (load(refs[name]) for name in "qkv")
-        state[...], out = _chunk(state[...], *sequences, refs["rows"][...], refs["inverses"][...], scale)
+        q, k, v = (load(refs[name]) for name in "qkv")
+        state[...], out = _chunk(state[...], q, k, v, refs["rows"][...], refs["inverses"][...], scale)
         store(o, out)
 
         @pl.when(pl.program_id(2) == chunks - 1)
@@ -191,9 +189,9 @@ def _forward(q, k, v, rows, inverses, state, scale, keep_states):
     return _call(kernel, "forward", inputs, outputs, state=True)
 
 
-def _backward(q, k, v, rows, inverses, states, do, dlast, scale):
+def _backward(scale, q, k, v, rows, inverses, states, do, dlast):
     """(dq, dk, dv, drows, dstate)."""
-    chunks = rows.shape[2]
+    chunks = rows.shape[1]
     outputs = [("q", q), ("k", k), ("v", v), ("rows", rows), ("state", dlast)]
 
     def kernel(load, store, refs, dq, dk, dv, drows, dfirst, dstate):
@@ -204,7 +202,7 @@ def _backward(q, k, v, rows, inverses, states, do, dlast, scale):
         arguments = (refs["states"][...], *(load(refs[name]) for name in "qkv"), refs["rows"][...])
         chunk = functools.partial(_chunk, inverse=refs["inverses"][...], scale=scale)
         _, pull = jax.vjp(chunk, *arguments)
-        dstate[...], *gradients, drows[...] = pull((dstate[...], load(refs["o"]).astype(jnp.float32)))
+        dstate[...], *gradients, drows[...] = pull((dstate[...], load(refs["o"])))
         for ref, gradient in zip((dq, dk, dv), gradients, strict=True):
             store(ref, gradient)
 
@@ -222,18 +220,18 @@ def _backward(q, k, v, rows, inverses, states, do, dlast, scale):
 
 def _chunk(state, q, k, v, rows, inverse, scale):
     """(following state, o [H, C, V]) from state [H, K, V], q [., C, K], k [., N, K], v [H, N, V], rows [H, 1 or 2, N]."""
-    tokens = q.shape[1]
-    one, two = (1, 2) if k.dtype == jnp.bfloat16 else (None, None)  # parts: what stays in the state is kept to 16 bits
+    tokens, dtype = q.shape[1], inverse.dtype
+    one, two = (1, 2) if dtype == jnp.bfloat16 else (None, None)  # parts: what stays in the state is kept to 16 bits
     qk = jnp.concatenate([q, k], axis=1)
-    scores, beta, from_start, to_end, total = _scores(qk, k, rows, scale)
+    scores, beta, from_start, to_end, total = _scores(qk, k, rows, scale, dtype)
     p, a = scores[:, :tokens], scores[:, tokens:]
     read = from_start * _mm(two, one, _per_value_head(qk, v), state)
-    v_new = _solve(a, inverse, beta * (v.astype(jnp.float32) - read[:, tokens:]))
+    v_new = _solve(a, inverse, beta * (v - read[:, tokens:]))
     o = scale * read[:, :tokens] + _mm(one, one, p, v_new)
     return total * state + _tn(two, two, _per_value_head(k, v), to_end * v_new), o
 
 
-def _scores(qk, k, rows, scale):
+def _scores(qk, k, rows, scale, dtype):
     """Products of C queries and N keys (or of the keys alone) with keys, weighed and masked: P above A, [H, C + N, N].
 
     Then, per row: beta [H, N, 1]; the decays from the chunk's start [H, C + N, 1], to its end [H, N, 1], and in all.
@@ -247,14 +245,14 @@ def _scores(qk, k, rows, scale):
     if tokens:
         seen = row < (token + 1) * (n // tokens)
         masks.insert(0, (seen, seen, scale))
-    one = 1 if k.dtype == jnp.bfloat16 else None
+    one, sum_parts = (1, 2) if dtype == jnp.bfloat16 else (None, 3)
     products = _per_value_head(_nt(one, one, qk, k), rows)
     products = [products[:, :tokens], products[:, tokens:]] if tokens else [products]
     from_start = to_end = total = jnp.ones((1, 1, 1), jnp.float32)
     if rows.shape[1] == 2:
         g = rows[:, 1:]
         later = jnp.where(i > j, _column(g, i == j), 0)  # gate of row i if it comes after row j
-        decays = [jnp.exp(_masked_sums(2 if k.dtype == jnp.bfloat16 else 3, met, later)) for _, met, _ in masks]
+        decays = [jnp.exp(_masked_sums(sum_parts, met, later)) for _, met, _ in masks]
         products = [x * decay for x, decay in zip(products, decays, strict=True)]
         from_start = jnp.concatenate([jnp.exp(_row_sums(met, g)) for _, met, _ in masks], axis=1)
         to_end = jnp.exp(_row_sums(j > i, g))
@@ -280,7 +278,7 @@ def _row_sums(mask, row):
 
 
 def _inverse(a, dtype):
-    """Arrays of `dtype` whose sum is (I + a)^-1, a strictly lower triangular: by doubling diagonal blocks.
+    """Arrays, of `dtype` by then, whose sum is (I + a)^-1, a strictly lower triangular: by doubling diagonal blocks.
 
     Of blocks L = [[X, 0], [Z, Y]] the inverse is [[X', 0], [-Y' Z X', Y']]: exact substitution in matrix products; all blocks
     of a size are done at once by masks. In bfloat16 the errors (5e-2 with key cosine .95 and beta 2) are then squared by one
@@ -317,11 +315,9 @@ def _apply(a, inverse, b, axes):
     n = a.shape[1]
     b, fine = _split(b, 2)
     if axes == (1, 0):
-        x = _dot(inverse, jnp.concatenate([b, b], axis=1))
-    else:
-        x = _dot(inverse, b, axes)
-        x = x[:, :n] + x[:, n:]
-    return x + _dot(inverse[:, :, :n], fine, axes)
+        return _rounded_dot(inverse, jnp.concatenate([b, b], axis=1)) + _rounded_dot(inverse[:, :, :n], fine)
+    first, second = inverse[:, :, :n], inverse[:, :, n:]
+    return sum(_rounded_dot(x, y, axes) for x, y in ((first, b), (second, b), (first, fine)))
 
 
 def _solve_forward(a, inverse, b):
@@ -359,31 +355,39 @@ _masked_sums.defvjp(_masked_sums_forward, _masked_sums_backward)
 # to bfloat16 and y, or the cotangent where it meets x, is the sum of so many bfloat16 arrays, each of which costs a pass.
 
 
-def _dot(x, y, axes=(1, 0)):
+def _dot(x, y, axes=(1, 0), rounded=False):
     """Products of matrices, or of one per head [H, ., .]; head by head, as Mosaic does it anyway."""
-    if x.ndim == y.ndim == 2:
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-        dimensions = (((axes[0],), (axes[1],)), ((), ()))
-        return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
-    heads = max(x.shape[0] if x.ndim == 3 else 1, y.shape[0] if y.ndim == 3 else 1)
-    return jnp.stack([_dot(x[h] if x.ndim == 3 else x, y[h] if y.ndim == 3 else y, axes) for h in range(heads)])
+    if x.ndim == 3 or y.ndim == 3:
+        heads = (x if x.ndim == 3 else y).shape[0]
+        pairs = ((x[h] if x.ndim == 3 else x, y[h] if y.ndim == 3 else y) for h in range(heads))
+        return jnp.stack([_dot(*pair, axes, rounded) for pair in pairs])
+    precision = None if rounded else jax.lax.Precision.HIGHEST
+    if rounded:
+        if axes == (0, 0):  # turned in float32: packed pairs of rows are slow to turn
+            x, axes = x.astype(jnp.float32).T, (1, 0)
+        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+_rounded_dot = functools.partial(_dot, rounded=True)
 
 
 def _split(x, parts):
-    """Bfloat16 arrays whose sum is x to 8 bits each."""
-    if x.dtype == jnp.bfloat16:
-        return [x]
+    """Arrays whose roundings to bfloat16 sum to x, in 8 bits each; cutting bits costs less than rounding and reading back."""
     split = []
-    for _ in range(parts):
-        split.append(x.astype(jnp.bfloat16))
-        x = x - split[-1].astype(jnp.float32)
-    return split
+    for _ in range(parts - 1):
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        head = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        split.append(head)
+        x = x - head
+    return [*split, x]
 
 
 def _in_parts(parts, x, y, axes=(1, 0)):
     if parts is None:
-        return _dot(x.astype(jnp.float32), y.astype(jnp.float32), axes)
-    return sum(_dot(x.astype(jnp.bfloat16), part, axes) for part in _split(y, parts))
+        return _dot(x, y, axes)
+    return sum(_rounded_dot(x, part, axes) for part in _split(y, parts))
 
 
 def _product(axes, toward_x, toward_y):
@@ -398,7 +402,7 @@ def _product(axes, toward_x, toward_y):
     def backward(parts, d_parts, residuals, d):
         x, y = residuals
         one = None if parts is None else 1
-        return toward_x(one, x, y, d).astype(x.dtype), toward_y(d_parts, x, y, d).astype(y.dtype)
+        return toward_x(one, x, y, d), toward_y(d_parts, x, y, d)
 
     product = jax.custom_vjp(product, nondiff_argnums=(0, 1))
     product.defvjp(forward, backward)

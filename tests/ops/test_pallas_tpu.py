@@ -133,7 +133,7 @@ def test_compiles_ahead_of_time(topology):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("generation", "what"), [("v5e", "forward"), ("v6e", "forward+backward")])
+@pytest.mark.parametrize(("generation", "what"), [("tpu7x", "forward"), ("v6e", "forward+backward")])
 def test_no_slower_than_the_committed_table(generation, what):
     pytest.importorskip("libtpu")
     key = {"generation": generation, "pass": what, "steps": "1"}
