@@ -55,6 +55,8 @@ def _generate(values: flags.FlagValues) -> bytes:
         try:
             progress = checkpoints.progress(step)
             config = serialize.from_json(progress["config"])
+            if not isinstance(config.model, lm.Config) or not progress["tokenizer"]:
+                raise ValueError(f"--workdir={values.workdir}: it holds no language model of text")
             shapes = abstract_like(abstract_params(lm.param_specs(config.model)), device)
             params = checkpoints.restore_params(step, shapes)
             break

@@ -32,12 +32,15 @@ class Dataset:
 
     Attributes:
       train, validation: examples; for a language model the windows of `packing.PackedWindows`.
-      vocab_size: ids are in [0, vocab_size).
       batch_size: rows of a global batch.
       seed: of the order of the training examples.
+      vocab_size: tokens and targets are in [0, vocab_size); None: the examples are not made of tokens.
+      num_classes: labels are in [0, num_classes); None: the examples carry no labels.
+      unit: what one unit of weight is, for the throughput: "tokens", "images".
+      chance: accuracy of guessing with equal probability; None: not a sensible baseline.
       tokenizer: of tasks made of text.
       validation_text: raw bytes of the validation documents, one after the other; of tasks made of text.
-      bytes_per_target: bytes over targets in the validation documents; of tasks made of text. Mean loss in
+      bytes_per_target: bytes over targets in the validation documents; None: not made of text. Mean loss in
         nats over (ln 2 * bytes_per_target) is bits per byte: exact over the whole validation split for any
         tokenizer, over any part of it for the byte tokenizer, whose value is 1.
       fingerprint: differs where the data differ, to tell on resume; "": not known.
@@ -45,12 +48,15 @@ class Dataset:
 
     train: Source
     validation: Source
-    vocab_size: int
     batch_size: int
     seed: int
+    vocab_size: int | None = None
+    num_classes: int | None = None
+    unit: str = "tokens"
+    chance: float | None = None
     tokenizer: Tokenizer | None = None
     validation_text: bytes = b""
-    bytes_per_target: float = 1.0
+    bytes_per_target: float | None = None
     fingerprint: str = ""
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:

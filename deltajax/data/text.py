@@ -75,7 +75,8 @@ def load(config: Config) -> Dataset:
                 f"{config.validation_fraction}; allowed: a corpus with text in both (files are drawn whole)"
             )
     return Dataset(
-        **sources,
+        train=sources["train"],
+        validation=sources["validation"],
         vocab_size=tokenizer.vocab_size,
         batch_size=config.batch_size,
         seed=config.seed,

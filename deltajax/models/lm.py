@@ -15,6 +15,7 @@ from deltajax.layers import mixer as mixers_lib
 from deltajax.layers import mlp
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, count_params, init_params, stack_specs
+from deltajax.models.losses import cross_entropy_sums
 
 
 class FrozenMapping(Mapping):
@@ -153,6 +154,23 @@ def param_specs(config: Config) -> dict:
 def init(key: PRNGKeyArray, config: Config) -> dict:
     """Parameters in float32, drawn from `param_specs`."""
     return init_params(key, param_specs(config))
+
+
+def init_stats(config: Config) -> dict:
+    """There are no running statistics."""
+    return {}
+
+
+def loss_sums(
+    params: dict, stats: dict, config: Config, batch: Mapping[str, Array], *, key: PRNGKeyArray | None, train: bool
+) -> tuple[dict[str, Float[Array, ""]], dict]:
+    """`cross_entropy_sums` of the targets; see `registry`.
+
+    Args:
+      batch: tokens, targets, segment_ids [B, T] integers; weights [B, T] floats.
+    """
+    logits, _ = apply(params, config, batch["tokens"], segment_ids=batch["segment_ids"])
+    return cross_entropy_sums(logits, batch["targets"], batch["weights"]), stats
 
 
 def num_params(config: Config) -> int:

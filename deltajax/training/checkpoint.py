@@ -1,5 +1,6 @@
 """Checkpoints in `workdir/checkpoints/<step>`: parameters, the rest of the state, and JSON of how to go on."""
 
+import dataclasses
 import fcntl
 import re
 import shutil
@@ -20,6 +21,7 @@ from deltajax.training.step import TrainState
 
 # Keys whose change makes a checkpoint's arrays unusable or gives them another meaning.
 ARCHITECTURE = ("model.", "optimizer.name", "data.tokenizer")
+REST = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "params")
 
 
 @contextmanager
@@ -95,7 +97,7 @@ class Checkpoints:
         Raises:
           RunError: this save or the one before it failed.
         """
-        rest = {k: getattr(state, k) for k in ("opt_state", "rng", "step", "skipped", "streak")}
+        rest = {name: getattr(state, name) for name in REST}
         progress = {"config": serialize.to_json(config), **progress}
         with self._failures(f"the checkpoint of step {step} or the one before it"):
             self._manager.save(
@@ -137,7 +139,7 @@ class Checkpoints:
             try:
                 progress = self.progress(step)
                 self._check_same(step, serialize.from_json(progress["config"]), config)
-                rest = {k: getattr(abstract, k) for k in ("opt_state", "rng", "step", "skipped", "streak")}
+                rest = {name: getattr(abstract, name) for name in REST}
                 arrays = self._read(
                     step, params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(rest)
                 )

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from deltajax.models import lm
+from deltajax.models import registry
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -166,8 +166,8 @@ class TrainConfig:
       prompt: beginning of the sample written when the run ends.
     """
 
-    model: lm.Config
-    data: Any  # a task's config: a key of data.LOADERS
+    model: Any  # a type of models.registry.MODELS
+    data: Any  # a type of data.LOADERS
     steps: int
     seed: int = 0
     optimizer: Optimizer = Optimizer()
@@ -183,6 +183,7 @@ class TrainConfig:
 
     def __post_init__(self):
         """Check ranges and what the parts must agree on."""
+        registry.module_of(self.model)
         _require_all(self, "in [1, 2**31)", lambda x: 1 <= x < 2**31, "steps", "grad_accumulation", "log_every")
         _require_all(self, "in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed")
         warmup = self.schedule.warmup_steps

@@ -16,7 +16,7 @@ import numpy as np
 from deltajax import data
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
-from deltajax.models import lm
+from deltajax.models import registry
 from deltajax.training import mesh as mesh_lib
 from deltajax.training import metrics, optimizer, sampling, serialize
 from deltajax.training.checkpoint import Checkpoints, lock
@@ -41,7 +41,7 @@ def run(config: TrainConfig, workdir: Path) -> None:
             print("To continue it give a larger --config.steps; to start anew another --workdir.")
             return
         dataset = data.load(config.data)
-        _check_vocabulary(config, dataset)
+        _check_fits(config, dataset)
         run = Run(config, workdir, checkpoints, step, dataset, restored)
         with contextlib.closing(run):
             summary.unlink(missing_ok=True)
@@ -57,7 +57,8 @@ def make_step(config: TrainConfig) -> Step:
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
     schedule = optimizer.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
-    tx = optimizer.make_optimizer(config.optimizer, schedule, lm.param_specs(config.model))
+    specs = registry.module_of(config.model).param_specs(config.model)
+    tx = optimizer.make_optimizer(config.optimizer, schedule, specs)
     return Step(config.model, tx, schedule, mesh, config.grad_accumulation)
 
 
@@ -75,7 +76,8 @@ class Run:
     ):
         self.config, self.workdir, self.checkpoints, self.dataset = config, workdir, checkpoints, dataset
         self.compiled = step
-        self.bits_per_nat = 1 / (math.log(2) * dataset.bytes_per_target)
+        text = dataset.bytes_per_target
+        self.bits_per_nat = None if text is None else 1 / (math.log(2) * text)  # bits per byte for one nat per target
         self.iterator = dataset.train_iterator(jax.process_index(), jax.process_count())
         self.best_loss = math.inf
         self.step = 0
@@ -88,11 +90,11 @@ class Run:
             print(f"continuing after step {self.step}" + (f" with changed {'; '.join(changed)}" if changed else ""))
         else:
             self.state = step.init(config.seed)
-            parameters = count_params(lm.param_specs(config.model))
+            parameters = count_params(step.abstract.params)
             print(f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s)")
         self.writer = metrics.Writer(workdir, self.step)
         self.progress = metrics.Progress(self.step, config.steps)
-        self._clock, self._tokens = time.perf_counter(), 0.0
+        self._clock, self._weight = time.perf_counter(), 0.0
 
     def close(self) -> None:
         """Close files and bar."""
@@ -138,11 +140,12 @@ class Run:
             self._evaluate()  # the run was stopped between its last evaluation and what is now its last step
         rows = metrics.read_rows(self.workdir)
         result: dict[str, Any] = {"steps": self.step}
-        result |= {k: v for row in rows for k, v in row.items() if k in ("validation_loss", "bits_per_byte")}
+        result |= {k: v for row in rows for k, v in row.items() if k.startswith(("validation_", "bits_per_byte"))}
         if self.dataset.validation_text:
             result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
-        plot = self.workdir / "loss.png"
-        metrics.plot(self.workdir, self.bits_per_nat, result.get("baselines", {}), plot)
+        if self.dataset.chance is not None:
+            result["chance"] = self.dataset.chance
+        metrics.plot(self.workdir, self.bits_per_nat, result.get("baselines", {}), self.workdir / "loss.png")
         if self.dataset.tokenizer is not None:
             key = jax.random.fold_in(jax.random.wrap_key_data(self.state.rng), self.step)
             text = sampling.continue_text(
@@ -167,30 +170,33 @@ class Run:
                 f"{row['skipped']:.0f} in all were skipped (allowed: {limits.max_consecutive} and {limits.max_total}); "
                 + self.kept()
             )
-        self._tokens += row.pop("tokens")
+        self._weight += row.pop("weight")
         if step % self.config.log_every and step not in (1, self.config.steps):
             return row["streak"]
         now = time.perf_counter()
-        row["tokens_per_second"] = self._tokens / (now - self._clock)
-        self._clock, self._tokens = now, 0.0
-        self.writer.write(step, **row)
-        self.progress.update(step, row["loss"], row["tokens_per_second"])
+        speed = self._weight / (now - self._clock)
+        self._clock, self._weight = now, 0.0
+        self.writer.write(step, **row, **{f"{self.dataset.unit}_per_second": speed})
+        self.progress.update(step, row["loss"], f"{speed:,.0f} {self.dataset.unit}/s")
         return row["streak"]
 
     def _evaluate(self) -> float:
-        """Validation loss in nats per target; written, shown and compared with the best."""
+        """Mean validation loss; written with the other scores, shown and compared with the best."""
         started = time.perf_counter()
         batches = self.dataset.validation_batches(
             self.config.evaluation.batches, jax.process_index(), jax.process_count()
         )
-        sums = [self.compiled.evaluate(self.state.params, self.compiled.put(batch)) for batch in batches]
-        total, weight = np.sum(np.array(jax.device_get(sums), np.float64), axis=0)
-        loss = float(total / weight)
+        state = self.state
+        sums = [self.compiled.evaluate(state.params, state.stats, self.compiled.put(batch)) for batch in batches]
+        total = {k: np.sum([x[k] for x in jax.device_get(sums)], dtype=np.float64) for k in sums[0]}
+        row = {f"validation_{k}": float(x / total["weight"]) for k, x in total.items() if k != "weight"}
+        loss = row["validation_loss"]
         self.best_loss = min(self.best_loss, loss)
-        bits = loss * self.bits_per_nat
-        self.writer.write(self.step, validation_loss=loss, bits_per_byte=bits)
-        self.progress.say(f"step {self.step}: validation {bits:.3f} bits per byte (loss {loss:.4f})")
-        self._clock += time.perf_counter() - started  # tokens/s counts training only
+        if self.bits_per_nat is not None:
+            row["bits_per_byte"] = loss * self.bits_per_nat
+        self.writer.write(self.step, **row)
+        self.progress.say(f"step {self.step}: {_describe_scores({**row, 'chance': self.dataset.chance})}")
+        self._clock += time.perf_counter() - started  # the throughput counts training only
         return loss
 
     def kept(self) -> str:
@@ -201,7 +207,7 @@ class Run:
     def _check_same_data(self, progress: dict[str, Any]) -> None:
         now = self._identities()
         if progress["tokenizer"] != now["tokenizer"]:
-            raise ValueError(f"data.tokenizer: {self.config.data.tokenizer!r} is not the one of the checkpoint")
+            raise ValueError("data.tokenizer is not the one of the checkpoint")
         if progress["corpus"] != now["corpus"]:
             print("warning: the corpus is not the one of the checkpoint; its losses do not compare", file=sys.stderr)
 
@@ -235,11 +241,12 @@ class _StopRequest:
         print("stopping after this step; once more to stop at once", flush=True)
 
 
-def _check_vocabulary(config: TrainConfig, dataset: data.Dataset) -> None:
-    if config.model.vocab_size < dataset.vocab_size:
-        raise ValueError(
-            f"model.vocab_size must be >= {dataset.vocab_size}, the data's vocabulary, got {config.model.vocab_size}"
-        )
+def _check_fits(config: TrainConfig, dataset: data.Dataset) -> None:
+    """Raise a ValueError if the data hold ids that the model has no row for."""
+    for name in ("vocab_size", "num_classes"):
+        needed, there = getattr(dataset, name), getattr(config.model, name, None)
+        if needed is not None and (there is None or there < needed):
+            raise ValueError(f"model.{name} must be >= {needed}, as in the data, got {there}")
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
@@ -248,11 +255,22 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return result if isinstance(result, dict) and {"steps", "bits_per_byte"} <= result.keys() else None
+    return result if isinstance(result, dict) and {"steps", "validation_loss"} <= result.keys() else None
 
 
 def _describe(summary: dict[str, Any]) -> str:
     baselines = ", ".join(f"{name} {value:.3f}" for name, value in summary.get("baselines", {}).items())
-    return f"{summary['steps']} steps, validation {summary['bits_per_byte']:.3f} bits per byte" + (
+    return f"{summary['steps']} steps, {_describe_scores(summary)}" + (
         f" ({baselines} on the same text)" if baselines else ""
     )
+
+
+def _describe_scores(scores: dict[str, Any]) -> str:
+    """The score that a reader looks for first, and the loss."""
+    loss = f"(loss {scores['validation_loss']:.4f})"
+    if "bits_per_byte" in scores:
+        return f"validation {scores['bits_per_byte']:.3f} bits per byte {loss}"
+    chance = scores.get("chance")
+    against = "" if chance is None else f", chance {chance:.4f}"
+    accuracy = scores.get("validation_accuracy")
+    return f"validation {loss}" if accuracy is None else f"validation accuracy {accuracy:.4f}{against} {loss}"

@@ -75,13 +75,13 @@ class Progress:
         self._tenths = step * 10 // steps
         self._started = step
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, loss: float, speed: str) -> None:
         """Show `step`."""
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         self._bar.update(step - self._bar.n)
         if self._bar.disable and step * 10 // self._steps > self._tenths:
             self._tenths = step * 10 // self._steps
-            print(f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", flush=True)
+            print(f"step {step}/{self._steps}  loss {loss:.3f}  {speed}", flush=True)
 
     def say(self, line: str) -> None:
         """Print a line without tearing the bar."""
@@ -93,22 +93,22 @@ class Progress:
         self._bar.close()
 
 
-def plot(workdir: Path, bits_per_nat: float, baselines: dict[str, float], path: Path) -> None:
-    """Training and validation curves in bits per byte, with a line per baseline.
+def plot(workdir: Path, bits_per_nat: float | None, baselines: dict[str, float], path: Path) -> None:
+    """Training and validation loss, in bits per byte where the data are text, with a line per baseline.
 
     Args:
-      bits_per_nat: bits per byte for one nat per target.
+      bits_per_nat: bits per byte for one nat per target; None: not text.
       baselines: name -> bits per byte.
     """
     rows = read_rows(workdir)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key, label in (("loss", "training"), ("validation_loss", "validation")):
-        points = [(row["step"], row[key] * bits_per_nat) for row in rows if key in row]
+        points = [(row["step"], row[key] * (bits_per_nat or 1)) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1 if key == "loss" else 2)
     for style, (name, value) in zip(("--", ":", "-."), baselines.items(), strict=False):
         axes.axhline(value, linestyle=style, color="gray", label=f"{name}: {value:.2f}")
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss (nats)" if bits_per_nat is None else "bits per byte", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

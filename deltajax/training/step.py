@@ -2,24 +2,25 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
-from deltajax.models import lm
+from deltajax.models import registry
 from deltajax.training import mesh as mesh_lib
 
-Batch = dict[str, Array]  # tokens, targets, segment_ids [B, T] integers; weights [B, T] floats
+Batch = dict[str, Array]  # as the model's `loss_sums` takes it; the first axis of each array is the batch
+Sums = dict[str, Float[Array, ""]]
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "opt_state", "rng", "step", "skipped", "streak"],
+    data_fields=["params", "stats", "opt_state", "rng", "step", "skipped", "streak"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TrainState:
 
     Attributes:
       params: float32 master copy; the model casts to its own computation dtype.
+      stats: the model's running statistics.
       opt_state: of the Optax chain.
       rng: key data, fixed over the run; random things fold the step into it.
       step: batches consumed.
@@ -35,6 +37,7 @@ class TrainState:
     """
 
     params: Any
+    stats: Any
     opt_state: Any
     rng: UInt32[Array, "2"]
     step: Int[Array, ""]
@@ -42,33 +45,40 @@ class TrainState:
     streak: Int[Array, ""]
 
 
-def loss_sums(params: Any, model: lm.Config, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums over the batch's tokens, in float32: weight times cross entropy (nats), and weight."""
-    logits, _ = lm.apply(params, model, batch["tokens"], segment_ids=batch["segment_ids"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["targets"])
-    weights = batch["weights"].astype(jnp.float32)
-    return jnp.sum(losses * weights), jnp.sum(weights)
-
-
-def gradients(params: Any, model: lm.Config, batch: Batch, microbatches: int) -> tuple[Any, Array, Array]:
-    """(gradient of the mean loss, mean loss, sum of weights) over the whole global batch.
+def gradients(
+    params: Any, stats: Any, model: Any, batch: Batch, key: PRNGKeyArray, microbatches: int
+) -> tuple[Any, Sums, Any]:
+    """(gradient of the mean loss, the model's sums, its statistics) over the whole global batch.
 
     Sums are accumulated over microbatches and divided once, so the result does not depend on how weights are spread.
     """
-    sums = jax.value_and_grad(loss_sums, has_aux=True)
+
+    def loss(params, stats, batch, key):
+        sums, stats = registry.module_of(model).loss_sums(params, stats, model, batch, key=key, train=True)
+        return sums["loss"], (sums, stats)
+
+    differentiate = jax.grad(loss, has_aux=True)
     if microbatches == 1:
-        (loss, weight), grads = sums(params, model, batch)
+        grads, (sums, stats) = differentiate(params, stats, batch, key)
     else:
         # Every microbatch takes rows from every device's block, so splitting moves no data.
         split = {k: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
 
-        def accumulate(total, microbatch):
-            return jax.tree.map(jnp.add, total, sums(params, model, microbatch)), None
+        def accumulate(carry, x):
+            total, stats = carry
+            microbatch, n = x
+            grads, (sums, stats) = differentiate(params, stats, microbatch, jax.random.fold_in(key, n))
+            return (jax.tree.map(jnp.add, total, (grads, sums)), stats), None
 
-        first = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
-        ((loss, weight), grads), _ = jax.lax.scan(accumulate, first, split)
-    count = jnp.maximum(weight, 1)
-    return jax.tree.map(lambda g: g / count, grads), loss / count, weight
+        shapes, (sums_shape, _) = jax.eval_shape(differentiate, params, stats, {k: x[0] for k, x in split.items()}, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, sums_shape))
+        ((grads, sums), stats), _ = jax.lax.scan(accumulate, (zeros, stats), (split, jnp.arange(microbatches)))
+    return jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1), grads), sums, stats
+
+
+def means(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Every entry but the weight, over the weight."""
+    return {name: x / jnp.maximum(sums["weight"], 1) for name, x in sums.items() if name != "weight"}
 
 
 class Step:
@@ -79,12 +89,12 @@ class Step:
       abstract: TrainState of jax.ShapeDtypeStructs with those shardings.
       init: seed -> TrainState.
       train: (state, batch) -> (state, metrics); consumes the state it is given. Metrics are float32 scalars.
-      evaluate: (params, batch) -> `loss_sums`.
+      evaluate: (params, stats, batch) -> the model's sums.
     """
 
     def __init__(
         self,
-        model: lm.Config,
+        model: Any,
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         mesh: jax.sharding.Mesh,
@@ -94,7 +104,7 @@ class Step:
         whole = mesh_lib.replicated(mesh)
         self.batch_sharding = mesh_lib.batch_sharding(mesh)
         shapes = jax.eval_shape(functools.partial(_init, model, optimizer), 0)
-        params = mesh_lib.param_shardings(lm.param_specs(model), mesh)
+        params = mesh_lib.param_shardings(registry.module_of(model).param_specs(model), mesh)
         self.shardings = _state_shardings(shapes, params, whole)
         self.abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
@@ -106,9 +116,9 @@ class Step:
             out_shardings=(self.shardings, whole),
             donate_argnums=0,
         )
-        self.evaluate: Callable[[Any, Batch], tuple[Array, Array]] = jax.jit(
-            lambda params, batch: loss_sums(params, model, batch),
-            in_shardings=(params, self.batch_sharding),
+        self.evaluate: Callable[[Any, Any, Batch], Sums] = jax.jit(
+            functools.partial(_evaluate, model),
+            in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
         )
 
@@ -117,45 +127,51 @@ class Step:
         return {k: jax.make_array_from_process_local_data(self.batch_sharding, x) for k, x in batch.items()}
 
 
-def _init(model: lm.Config, optimizer: optax.GradientTransformation, seed: int, shardings: Any = None) -> TrainState:
+def _init(model: Any, optimizer: optax.GradientTransformation, seed: int, shardings: Any = None) -> TrainState:
     params_key, rng = jax.random.split(jax.random.key(seed))
     # Not jitted: XLA takes far longer to compile all draws as one program than each distinct one by itself.
-    params = lm.init(params_key, model)
+    module = registry.module_of(model)
+    params = module.init(params_key, model)
 
     def complete(params, rng):
         zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return TrainState(params, optimizer.init(params), jax.random.key_data(rng), *zeros)
+        return TrainState(params, module.init_stats(model), optimizer.init(params), jax.random.key_data(rng), *zeros)
 
     return jax.jit(complete, out_shardings=shardings)(params, rng)
 
 
 def _train(
-    model: lm.Config,
+    model: Any,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     grad_accumulation: int,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Array]]:
-    grads, loss, weight = gradients(state.params, model, batch, grad_accumulation)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    grads, sums, stats = gradients(state.params, state.stats, model, batch, key, grad_accumulation)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        functools.partial(jnp.where, finite), (params, opt_state), (state.params, state.opt_state)
+    params, stats, opt_state = jax.tree.map(
+        functools.partial(jnp.where, finite), (params, stats, opt_state), (state.params, state.stats, state.opt_state)
     )
     skip = 1 - finite.astype(jnp.int32)
     metrics = {
-        "loss": loss,
+        **means(sums),
+        "weight": sums["weight"],
         "grad_norm": norm,
         "learning_rate": schedule(state.step - state.skipped),
-        "tokens": weight,
         "skipped": state.skipped + skip,
         "streak": (state.streak + 1) * skip,
     }
-    state = TrainState(params, opt_state, state.rng, state.step + 1, metrics["skipped"], metrics["streak"])
+    state = TrainState(params, stats, opt_state, state.rng, state.step + 1, metrics["skipped"], metrics["streak"])
     return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+
+def _evaluate(model: Any, params: Any, stats: Any, batch: Batch) -> Sums:
+    return registry.module_of(model).loss_sums(params, stats, model, batch, key=None, train=False)[0]
 
 
 def _state_shardings(shapes: TrainState, params: Any, whole: NamedSharding) -> TrainState:

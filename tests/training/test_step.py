@@ -29,11 +29,11 @@ def setup(_environment):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(setup):
     config, batch, step = setup
-    params = step.init(0).params
-    whole, parts = (jax.jit(gradients, static_argnums=(1, 3))(params, config.model, batch, n) for n in (1, 4))
+    params, key = step.init(0).params, jax.random.key(0)
+    whole, parts = (jax.jit(gradients, static_argnums=(2, 5))(params, {}, config.model, batch, key, n) for n in (1, 4))
     for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-    assert whole[2] == pytest.approx(batch["weights"].sum(), rel=1e-6)
+    assert whole[1]["weight"] == pytest.approx(batch["weights"].sum(), rel=1e-6)
 
 
 def test_non_finite_gradients_change_nothing_but_counters(setup):
