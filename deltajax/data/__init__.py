@@ -3,12 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-from deltajax.data import text
+from deltajax.data import formal, mad, mqar, text, word_problem
 from deltajax.data.loader import Batch, Dataset
 from deltajax.data.text import Config, compressed_bits_per_byte
 from deltajax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
-LOADERS: dict[type, Callable[[Any], Dataset]] = {text.Config: text.load}
+LOADERS: dict[type, Callable[[Any], Dataset]] = {
+    text.Config: text.load,
+    word_problem.Config: word_problem.load,
+    formal.Config: formal.load,
+    mqar.Config: mqar.load,
+    mad.Config: mad.load,
+}
 
 
 def load(config: Any) -> Dataset:

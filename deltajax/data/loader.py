@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 import grain
@@ -43,6 +43,7 @@ class Dataset:
       bytes_per_target: bytes over targets in the validation documents; None: not made of text. Mean loss in
         nats over (ln 2 * bytes_per_target) is bits per byte: exact over the whole validation split for any
         tokenizer, over any part of it for the byte tokenizer, whose value is 1.
+      evaluations: further sets by name, scored when the run ends; each with shapes of its own.
       fingerprint: differs where the data differ, to tell on resume; "": not known.
     """
 
@@ -57,6 +58,7 @@ class Dataset:
     tokenizer: Tokenizer | None = None
     validation_text: bytes = b""
     bytes_per_target: float | None = None
+    evaluations: Mapping[str, Source] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
 
     def train_iterator(self, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
