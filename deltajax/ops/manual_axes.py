@@ -1,4 +1,4 @@
-"""Inside shard_map: over which mesh axes an array varies."""
+"""Inside shard_map: over which mesh axes an array varies, and what the neighbour on an axis holds."""
 
 import jax
 from jaxtyping import Array
@@ -17,3 +17,10 @@ def vary_alike(*arrays: Array | None) -> list[Array | None]:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return [None if x is None else cast(x) for x in arrays]
+
+
+def from_neighbour(x: Array, axis: str, distance: int = 1, reverse: bool = False) -> Array:
+    """The x of the device `distance` places before this one on a mesh axis (reverse: after it); zeros where there is none."""
+    devices = jax.lax.axis_size(axis)
+    pairs = [(i, i + distance) for i in range(devices - distance)]
+    return jax.lax.ppermute(x, axis, [pair[::-1] for pair in pairs] if reverse else pairs)

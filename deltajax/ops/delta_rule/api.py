@@ -1,5 +1,6 @@
 """Public entry points: check the arguments, turn document boundaries into gates, choose an implementation."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deltajax.ops.delta_rule import chunked, reference
+from deltajax.ops.delta_rule import chunked, reference, sequence_parallel
 from deltajax.ops.manual_axes import vary_alike
 from deltajax.ops.segments import segment_starts
 from pallas_kernels import tpu
@@ -36,6 +37,7 @@ def delta_product(
     initial_state: Float[Array, "B HV K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | Sequence[str] | None = None,
+    sequence_axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """Gated delta product: R delta-rule steps per token, i.e. a transition of R generalised Householder factors.
 
@@ -56,6 +58,9 @@ def delta_product(
       segment_ids: packed documents: the state resets wherever the id differs from the previous token's. What is finite
         in one document does not touch another; an inf or nan goes on to the documents after it.
       implementation: a name in `IMPLEMENTATIONS`, or several to try in order; default: the platform's best.
+      sequence_axis: inside `shard_map`, the mesh axis over which the tokens are spread: every device holds its T of them, in
+        order. What the devices exchange does not depend on T (`sequence_parallel`). initial_state and the
+        returned state are those of the whole sequence, the same on every device.
 
     Returns:
       (o, final_state): o in v's dtype, the state after the last token in float32 (float64 for float64 inputs).
@@ -69,7 +74,7 @@ def delta_product(
       DeltaNet: arXiv 2406.06484, section 3; DeltaProduct: arXiv 2502.10297, eq. 5; Gated DeltaNet: 2412.06464.
     """
     arrays = _checked("", q, k, v, beta, g, segment_ids, initial_state=initial_state)
-    return _dispatch(*arrays, scale=scale, implementation=implementation)
+    return _dispatch(*arrays, scale=scale, implementation=implementation, sequence_axis=sequence_axis)
 
 
 def delta_rule(
@@ -83,6 +88,7 @@ def delta_rule(
     initial_state: Float[Array, "B HV K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | Sequence[str] | None = None,
+    sequence_axis: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], Float[Array, "B HV K V"]]:
     """(Gated) delta rule: `delta_product` with one step per token, so k, v and beta have no R axis.
 
@@ -90,9 +96,8 @@ def delta_rule(
     are those of `delta_product`.
     """
     q, k, v, beta, *rest = _checked("R", q, k, v, beta, g, segment_ids, initial_state=initial_state)
-    return _dispatch(
-        q, k[:, :, None], v[:, :, None], beta[:, :, None], *rest, scale=scale, implementation=implementation
-    )
+    arrays = (q, k[:, :, None], v[:, :, None], beta[:, :, None], *rest)
+    return _dispatch(*arrays, scale=scale, implementation=implementation, sequence_axis=sequence_axis)
 
 
 def delta_product_step(
@@ -114,21 +119,24 @@ def delta_product_step(
     return o.astype(v.dtype), state
 
 
-def _dispatch(q, k, v, beta, g, segment_ids, initial_state, *, scale, implementation):
+def _dispatch(q, k, v, beta, g, segment_ids, initial_state, *, scale, implementation, sequence_axis):
     """`delta_product` on checked arrays."""
     (batch, _, _, key_dim), (heads, value_dim) = q.shape, v.shape[3:]
     dtype = _state_dtype(q, k, v, beta, g, initial_state)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
     if segment_ids is not None:
-        g = _gate_with_resets(g, segment_ids, beta, dtype)
+        g = _gate_with_resets(g, segment_starts(segment_ids, sequence_axis), beta, dtype)
     arguments = vary_alike(q, k, v, beta, g, initial_state.astype(dtype))
     candidates, reasons = _candidates(implementation), []
     if v.size == 0 or q.size == 0:
         return jnp.zeros_like(v[:, :, 0]), arguments[-1]
     for name in candidates:
+        f = IMPLEMENTATIONS[name]
+        if sequence_axis is not None:
+            f = functools.partial(sequence_parallel.delta_product, local=f, axis=sequence_axis)
         try:
-            return IMPLEMENTATIONS[name](*arguments, scale=_scale(scale, q))
+            return f(*arguments, scale=_scale(scale, q))
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
     raise NotImplementedError("no implementation can serve this call; " + "; ".join(reasons))
@@ -146,11 +154,10 @@ def _state_dtype(*arrays):
     return jnp.promote_types(jnp.float32, jnp.result_type(*(x.dtype for x in arrays if x is not None)))
 
 
-def _gate_with_resets(g, segment_ids, beta, dtype):
+def _gate_with_resets(g, starts, beta, dtype):
     """A reset is a log decay of -inf, so no implementation has to know about segments."""
-    starts = segment_starts(segment_ids)
     if g is None:
-        g = jnp.zeros((*segment_ids.shape, beta.shape[-1]), dtype)
+        g = jnp.zeros((*starts.shape, beta.shape[-1]), dtype)
     return jnp.where(starts.reshape(*starts.shape, *(1,) * (g.ndim - 2)), -jnp.inf, g)
 
 
