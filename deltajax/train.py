@@ -16,18 +16,20 @@ from deltajax import cli
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     values = cli.flag_values()
-    flags.DEFINE_string("config", None, "experiment file with get_config()", flag_values=values)
+    flags.DEFINE_string(
+        "config", None, "experiment file with get_config(); its arguments: file.py:name=value,...", flag_values=values
+    )
     flags.DEFINE_string("workdir", None, "where the run lives; default: runs/<name of --config>", flag_values=values)
 
     def action(changes: dict[str, str]) -> None:
         from deltajax.training import loop, overrides  # here, so that Ctrl-C while JAX is imported is one line too
-        from deltajax.training.config import load_config
+        from deltajax.training.config import default_workdir, load_config
 
         path = values.config
         if not path:
             raise ValueError("--config: an experiment file is missing, e.g. --config=experiments/first_run.py")
         config = overrides.apply(load_config(path), changes)
-        loop.run(config, Path(values.workdir or Path("runs") / Path(path).stem))
+        loop.run(config, Path(values.workdir or default_workdir(path)))
 
     return cli.run(action, values, __doc__ or "", argv)
 

@@ -74,9 +74,15 @@ class Dataset:
         return self._batches(examples.__getitem__, sys.maxsize, process_index, process_count)
 
     def validation_batches(
-        self, num_batches: int | None = None, process_index: int = 0, process_count: int = 1
+        self,
+        num_batches: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        evaluation: str | None = None,
     ) -> grain.DatasetIterator[Batch]:
         """Every validation example exactly once, or the first `num_batches` batches, in one shuffled order.
+
+        With `evaluation` those of that set of `evaluations`.
 
         The order depends on the number of examples only, so the first batches are a fair sample and the same
         in every run. The last batch is filled up with examples of zeros, whose weights are zero.
@@ -86,7 +92,8 @@ class Dataset:
         """
         if num_batches is not None and num_batches < 1:
             raise ValueError(f"num_batches: got {num_batches}; allowed: >= 1, or None for all")
-        examples = grain.MapDataset.source(self.validation).shuffle(seed=0)
+        source = self.validation if evaluation is None else self.evaluations[evaluation]
+        examples = grain.MapDataset.source(source).shuffle(seed=0)
         padding = {name: np.zeros_like(x) for name, x in examples[0].items()}
         whole = -(-len(examples) // self.batch_size)
         return self._batches(

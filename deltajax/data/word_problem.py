@@ -35,6 +35,12 @@ class Config(generated.Config):
             raise ValueError(f"letters must be elements or generators, got {self.letters!r}")
         groups.group(self.group)
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids of elements or letters, and of the beginning."""
+        group = groups.group(self.group)
+        return max(len(group), len(group.generators)) + self.bos
+
 
 def load(config: Config) -> Dataset:
     """The word problem of the group. A token is the index of an element, or of a generator; a target that of an element.
@@ -45,13 +51,12 @@ def load(config: Config) -> Dataset:
     n = len(group)
     letters = range(n) if config.letters == "elements" else group.generators
     steps = group.table[:, list(letters)].tolist()  # [state][letter]
-    vocab_size = max(n, len(letters)) + config.bos
 
     def draw(length: int) -> generated.Draw:
         def make(rng: np.random.Generator) -> generated.Example:
             word = rng.integers(len(letters), size=length - config.bos).tolist()
             states = list(itertools.accumulate(word, lambda state, letter: steps[state][letter], initial=0))
-            begin = [vocab_size - 1] * config.bos
+            begin = [config.vocab_size - 1] * config.bos
             made = generated.example([*begin, *word], {})
             made["targets"][:] = states if config.bos else states[1:]
             made["weights"][config.bos :] = 1
@@ -59,4 +64,4 @@ def load(config: Config) -> Dataset:
 
         return make
 
-    return generated.dataset(config, draw, vocab_size=vocab_size, chance=1 / n)
+    return generated.dataset(config, draw, vocab_size=config.vocab_size, chance=1 / n)

@@ -15,7 +15,7 @@ from deltajax.layers import mixer as mixers_lib
 from deltajax.layers import mlp
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, count_params, init_params, stack_specs
-from deltajax.models.losses import cross_entropy_sums
+from deltajax.models.losses import cross_entropies, cross_entropy_sums
 
 
 class FrozenMapping(Mapping):
@@ -171,6 +171,15 @@ def loss_sums(
     """
     logits, _ = apply(params, config, batch["tokens"], segment_ids=batch["segment_ids"])
     return cross_entropy_sums(logits, batch["targets"], batch["weights"]), stats
+
+
+def position_sums(
+    params: dict, stats: dict, config: Config, batch: Mapping[str, Array]
+) -> dict[str, Float[Array, "T"]]:
+    """What `loss_sums` sums over the batch, for each position by itself."""
+    logits, _ = apply(params, config, batch["tokens"], segment_ids=batch["segment_ids"])
+    values = cross_entropies(logits, batch["targets"], batch["weights"])
+    return {name: jnp.sum(x, axis=0) for name, x in values.items()}
 
 
 def num_params(config: Config) -> int:

@@ -7,6 +7,7 @@ A new model is a file with these names, and a line in `MODELS`:
     init(key, config)                       parameters drawn from it, float32
     init_stats(config)                      running statistics that training updates without gradients; {} if there are none
     loss_sums(params, stats, config, batch, *, key, train) -> (sums, stats)
+    position_sums(params, stats, config, batch)     may be absent: the sums of evaluation with an axis of positions kept
 
 `batch` is a dict of arrays whose first axis is the batch, as the task's `Dataset` makes them. `sums` are float32 scalars, each a
 sum over the batch: always "loss" and "weight", and whatever else is worth a column ("accuracy": the weight of what was right).

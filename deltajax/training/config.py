@@ -3,11 +3,17 @@
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import math
+import re
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from deltajax.models import registry
+from deltajax.training import overrides
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -196,10 +202,50 @@ class TrainConfig:
 
 
 def load_config(path: str) -> TrainConfig:
-    """What `get_config()` of the experiment file at `path` returns.
+    """What `get_config` of an experiment file returns.
+
+    Args:
+      path: the file's, or with arguments of its get_config: "experiments/parity.py:size=paper,beta_max=1".
 
     Raises:
-      ValueError: no such file, an error while it runs, no `get_config`, or that returns something else.
+      ValueError: no such file, an error while it runs, no `get_config`, arguments that it does not take, or that it
+        returns something else.
+    """
+    file, arguments = split_arguments(path)
+    config = call(load_experiment(file), "get_config", arguments, path)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"--config={path}: get_config() must return a TrainConfig, got {type(config).__name__}")
+    return config
+
+
+def split_arguments(path: str) -> tuple[str, dict[str, str]]:
+    """The file, and the arguments of "file.py:a=1,b=2". A comma that no name follows belongs to the value before it."""
+    file, colon, text = path.partition(".py:")
+    pairs = re.split(r",\s*(?=[A-Za-z_]\w*=)", text) if text else []
+    for pair in pairs:
+        if not re.match(r"[A-Za-z_]\w*=", pair):
+            raise ValueError(
+                f"--config={path}: after the file's name there must be name=value,name=value, got {pair!r}"
+            )
+    return file + ".py" * bool(colon), dict(pair.split("=", 1) for pair in pairs)
+
+
+def default_workdir(path: str) -> Path:
+    """`runs/<name of the file>`, with the arguments if there are any."""
+    file, arguments = split_arguments(path)
+    return Path("runs") / "-".join([Path(file).stem, *(slug(f"{k}={v}") for k, v in arguments.items())])
+
+
+def slug(text: str) -> str:
+    """`text` with what does not belong into a file's name replaced."""
+    return re.sub(r"[^A-Za-z0-9=.,_+-]+", "_", text).strip("_")
+
+
+def load_experiment(path: str) -> types.ModuleType:
+    """The module in an experiment file.
+
+    Raises:
+      ValueError: no such file, or an error while it runs.
     """
     if not Path(path).is_file():
         nearest = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), n=1)
@@ -211,11 +257,28 @@ def load_config(path: str) -> TrainConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ValueError("the file defines no get_config()")
-        config = module.get_config()
     except (Exception, SystemExit) as error:
         raise ValueError(f"--config={path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, TrainConfig):
-        raise ValueError(f"--config={path}: get_config() must return a TrainConfig, got {type(config).__name__}")
-    return config
+    return module
+
+
+def call(module: types.ModuleType, name: str, arguments: Mapping[str, str], path: str) -> Any:
+    """`module.name(**arguments)`, each argument's text read as its annotation says.
+
+    Raises:
+      ValueError: no such function, no such argument, text of the wrong type, or whatever the function raises.
+    """
+    function = getattr(module, name, None)
+    if function is None:
+        raise ValueError(f"--config={path}: ValueError: the file defines no {name}()")
+    hints = typing.get_type_hints(function)
+    given = {}
+    for key, text in arguments.items():
+        if key not in inspect.signature(function).parameters:
+            known = ", ".join(inspect.signature(function).parameters) or "none"
+            raise ValueError(f"--config={path}: {name}() takes no {key!r} (arguments: {known})")
+        given[key] = overrides.parse(text, hints.get(key, str), f"--config={path}: {key}={text}")
+    try:
+        return function(**given)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--config={path}: {type(error).__name__}: {error}") from error

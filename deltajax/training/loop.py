@@ -145,6 +145,12 @@ class Run:
             result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
         if self.dataset.chance is not None:
             result["chance"] = self.dataset.chance
+        scores = {name: self._score(name) for name in self.dataset.evaluations}
+        if scores:
+            metrics.write_positions(self.workdir, scores)
+            result["evaluations"] = {name: metrics.overall(table) for name, table in scores.items()}
+            for name, of_set in result["evaluations"].items():
+                self.progress.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in of_set.items()))
         metrics.plot(self.workdir, self.bits_per_nat, result.get("baselines", {}), self.workdir / "loss.png")
         if self.dataset.tokenizer is not None:
             key = jax.random.fold_in(jax.random.wrap_key_data(self.state.rng), self.step)
@@ -198,6 +204,14 @@ class Run:
         self.progress.say(f"step {self.step}: {_describe_scores({**row, 'chance': self.dataset.chance})}")
         self._clock += time.perf_counter() - started  # the throughput counts training only
         return loss
+
+    def _score(self, name: str) -> dict[str, np.ndarray]:
+        """Sums over an evaluation set, in float64: one per position, or one in all if the model knows no positions."""
+        evaluate = self.compiled.evaluate_positions or self.compiled.evaluate
+        batches = self.dataset.validation_batches(None, jax.process_index(), jax.process_count(), name)
+        state = self.state
+        sums = [jax.device_get(evaluate(state.params, state.stats, self.compiled.put(batch))) for batch in batches]
+        return {k: np.sum([np.atleast_1d(x[k]) for x in sums], axis=0, dtype=np.float64) for k in sums[0]}
 
     def kept(self) -> str:
         """What is safe on disk, for messages."""

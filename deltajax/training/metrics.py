@@ -1,5 +1,6 @@
 """Numbers of a run: rows in `metrics.jsonl` and TensorBoard, a progress bar, the final plot."""
 
+import csv
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
@@ -19,6 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FILE = "metrics.jsonl"
+POSITIONS = "positions.csv"
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
@@ -64,6 +67,29 @@ class Writer:
         """Flush and close."""
         self._file.close()
         self._board.close()
+
+
+def write_positions(workdir: Path, tables: dict[str, dict[str, np.ndarray]]) -> None:
+    """`positions.csv`: a row per set and position (from 1) that was asked for; its weight, and means of all else.
+
+    Args:
+      tables: set -> name -> [positions] sums, "weight" among the names.
+    """
+    with open(workdir / POSITIONS, "w", newline="") as file:
+        rows = csv.writer(file)
+        names = sorted({name for table in tables.values() for name in table} - {"weight"})
+        rows.writerow(["set", "position", "weight", *names])
+        for of_set, table in tables.items():
+            for i in np.flatnonzero(table["weight"]):
+                weight = table["weight"][i]
+                means = (f"{table[name][i] / weight:.6g}" if name in table else "" for name in names)
+                rows.writerow([of_set, i + 1, f"{weight:.6g}", *means])
+
+
+def overall(table: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over all positions."""
+    weight = max(float(table["weight"].sum()), 1e-9)
+    return {name: float(x.sum()) / weight for name, x in table.items() if name != "weight"}
 
 
 class Progress:

@@ -65,7 +65,7 @@ def _replace(node: Any, tree: Mapping[str, Any], path: str) -> Any:
                 f"--{where}={text}: {where} is a group; set one of its keys: {', '.join(_children(value))}"
             )
         else:
-            changes[key] = _parse(text, hints.get(key, type(value)), where)
+            changes[key] = parse(text, hints.get(key, type(value)), f"--{where}={text}")
     if isinstance(node, Mapping):
         return type(node)({**node, **changes})  # type: ignore[call-arg]
     try:
@@ -101,11 +101,19 @@ def _unknown_key(where: str, key: str, node: Any, children: Mapping[str, Any]) -
     return f"--{where}: no such key{hint} (keys here: {', '.join(children)})"
 
 
-def _parse(text: str, hint: Any, where: str) -> Any:
+def parse(text: str, hint: Any, given: str) -> Any:
+    """`text` as a value of type `hint`.
+
+    Args:
+      given: what the user wrote, for the message.
+
+    Raises:
+      ValueError: it is none.
+    """
     try:
         return _read(text, hint)
     except ValueError:
-        raise ValueError(f"--{where}={text}: must be {_describe(hint)}") from None
+        raise ValueError(f"{given}: must be {_describe(hint)}") from None
 
 
 def _read(text: str, hint: Any) -> Any:

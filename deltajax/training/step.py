@@ -90,6 +90,7 @@ class Step:
       init: seed -> TrainState.
       train: (state, batch) -> (state, metrics); consumes the state it is given. Metrics are float32 scalars.
       evaluate: (params, stats, batch) -> the model's sums.
+      evaluate_positions: the same with an axis of positions; None: the model's outputs have none.
     """
 
     def __init__(
@@ -118,6 +119,12 @@ class Step:
         )
         self.evaluate: Callable[[Any, Any, Batch], Sums] = jax.jit(
             functools.partial(_evaluate, model),
+            in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
+            out_shardings=whole,
+        )
+        by_position = getattr(registry.module_of(model), "position_sums", None)
+        self.evaluate_positions: Callable[[Any, Any, Batch], Sums] | None = by_position and jax.jit(
+            lambda params, stats, batch: by_position(params, stats, model, batch),
             in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
         )

@@ -1,0 +1,294 @@
+"""Grids of runs: each member a process of its own, all results in one tidy table."""
+
+import asyncio
+import csv
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import time
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from deltajax.errors import RunError
+from deltajax.layers.param import count_params
+from deltajax.models import registry
+from deltajax.training import checkpoint, metrics, overrides, serialize
+from deltajax.training.config import TrainConfig, call, load_config, load_experiment, slug, split_arguments
+
+COLUMNS = ("status", "step", "set", "position", "metric", "value")  # after one column per setting
+CONFIG = "config."
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+      settings: what sets it apart, as the grid names it.
+      path: experiment file with arguments, for --config.
+      changes: keys of the config to their values, for --config.<key>.
+      config: what these make.
+    """
+
+    settings: Mapping[str, str]
+    path: str
+    changes: Mapping[str, str]
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return slug(",".join(f"{k.removeprefix(CONFIG)}={v}" for k, v in self.settings.items())) or "only"
+
+
+def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | None = None) -> list[Member]:
+    """All members, each checked: a grid with a mistake starts nothing.
+
+    Args:
+      path: experiment file, perhaps with arguments, which go to `get_grid` and to every `get_config`, those they take.
+      grid: "name=value,value" each; none: `get_grid()` of the file, a mapping from names to values, or several of them,
+        whose products are then joined.
+      changes: keys of the config that are the same for all.
+
+    Raises:
+      ValueError: a name, value or config is wrong, or two members are the same.
+    """
+    file, arguments = split_arguments(path)
+    module = load_experiment(file)
+    if grid:
+        tables: Any = dict(_parse_grid(text) for text in grid)
+    else:
+        takes = _parameters(module, "get_grid")
+        tables = call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path)
+        # What only get_grid takes is meant for it; what neither takes get_config shall complain about.
+        arguments = {k: v for k, v in arguments.items() if k not in takes or k in _parameters(module, "get_config")}
+    found = []
+    for settings in _products([tables] if isinstance(tables, Mapping) else tables):
+        given = arguments | {k: v for k, v in settings.items() if not k.startswith(CONFIG)}
+        keys = {k.removeprefix(CONFIG): v for k, v in settings.items() if k.startswith(CONFIG)}
+        keys = dict(changes or {}) | keys
+        of_member = file + (":" + ",".join(f"{k}={v}" for k, v in given.items()) if given else "")
+        found.append(Member(settings, of_member, keys, overrides.apply(load_config(of_member), keys)))
+    names = [member.name for member in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--grid: the member {twice} occurs twice")
+    if not found:
+        raise ValueError("--grid: there are no members")
+    return found
+
+
+def _parameters(module: types.ModuleType, name: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(getattr(module, name, lambda: None)).parameters
+
+
+def _parse_grid(text: str) -> tuple[str, list[str]]:
+    name, equals, listed = text.partition("=")
+    values = [v.strip() for v in re.split(r",(?![^(]*\))", listed)]
+    if not equals or not name or not all(values):
+        raise ValueError(f"--grid={text}: must be name=value,value,...")
+    return name.strip(), values
+
+
+def _products(tables: Iterable[Mapping[str, Iterable[Any]]]) -> Iterator[dict[str, str]]:
+    for table in tables:
+        for values in itertools.product(*table.values()):
+            yield {k: str(v) for k, v in zip(table, values, strict=True)}
+
+
+def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, bins: int = 32) -> None:
+    """Train the members that are not complete, `jobs` at a time, and keep `table` up to date.
+
+    Raises:
+      RunError: interrupted, or some members failed; all others are complete by then.
+    """
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.lock(workdir):
+        waiting = [member for member in found if not _is_complete(member, workdir)]
+        print(f"{len(found)} members, {len(found) - len(waiting)} of them complete; results in {table}", flush=True)
+        failures: dict[str, str] = {}
+        try:
+            asyncio.run(_run_all(found, waiting, workdir, table, failures, jobs, bins))
+        except KeyboardInterrupt:
+            complete = sum(_is_complete(member, workdir) for member in found)
+            raise RunError(
+                f"interrupted; {complete} of {len(found)} members are complete, the same command continues"
+            ) from None
+        write_table(found, workdir, table, failures, bins)
+    if failures:
+        name, reason = next(iter(failures.items()))
+        raise RunError(f"{len(failures)} of {len(found)} members failed; the first is {name}: {reason}")
+
+
+async def _run_all(found, waiting, workdir, table, failures, jobs, bins):
+    cores = _share(jobs)
+    slots: asyncio.Queue = asyncio.Queue()
+    for slot in range(jobs):
+        slots.put_nowait(slot)
+    bar = tqdm.tqdm(total=len(waiting), unit="run", disable=not sys.stderr.isatty())
+    done = itertools.count(1)
+
+    async def one(member):
+        slot = await slots.get()
+        started = time.perf_counter()
+        try:
+            reason = await _train(member, workdir / member.name, cores[slot])
+        finally:
+            slots.put_nowait(slot)
+        if reason is None:
+            outcome = _describe(workdir / member.name)
+        else:
+            failures[member.name] = reason
+            outcome = f"failed: {reason}"
+        bar.update()
+        seconds = time.perf_counter() - started
+        bar.clear()
+        print(f"[{next(done)}/{len(waiting)}] {member.name}: {outcome} ({seconds:.0f} s)", flush=True)
+        write_table(found, workdir, table, failures, bins)
+
+    with bar:
+        await asyncio.gather(*(one(member) for member in waiting))
+
+
+async def _train(member: Member, folder: Path, cores: set[int] | None) -> str | None:
+    """Run `deltajax.train` to its end; None, or why it failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [f"--config={member.path}", f"--workdir={folder}"]
+    flags += [f"--config.{key}={value}" for key, value in member.changes.items()]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / ".jax_cache")}  # seeds share their programs
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    with open(folder / "log.txt", "ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "deltajax.train",
+            *flags,
+            stdout=log,
+            stderr=log,
+            env=cache | dict(os.environ),
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its members
+        )
+        if cores:
+            os.sched_setaffinity(process.pid, cores)  # before it counts them, for it imports JAX first
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
+            raise
+    if code == 0:
+        (folder / "member.json").write_text(json.dumps(serialize.to_json(member.config)))
+        return None
+    lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1].removeprefix("error: ") if lines else ""
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else last
+
+
+def _share(jobs: int) -> list[set[int] | None]:
+    """The cores of each job: an equal part, or all of them where they cannot be told apart or do not suffice."""
+    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
+        return [None] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // jobs
+    return [set(cores[i * each : (i + 1) * each]) if each else {cores[i % len(cores)]} for i in range(jobs)]
+
+
+def _is_complete(member: Member, workdir: Path) -> bool:
+    """Whether a run with this very config ended."""
+    folder = workdir / member.name
+    try:
+        return json.loads((folder / "member.json").read_text()) == serialize.to_json(member.config) and bool(
+            json.loads((folder / "summary.json").read_text())
+        )
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _describe(folder: Path) -> str:
+    summary = json.loads((folder / "summary.json").read_text())
+    scores = {k: v for k, v in summary.items() if k.startswith("validation_")}
+    scores |= {f"{name} {k}": v for name, of in summary.get("evaluations", {}).items() for k, v in of.items()}
+    return ", ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in scores.items() if "loss" not in k) or (
+        f"loss {summary['validation_loss']:.4f}"
+    )
+
+
+def write_table(
+    found: Sequence[Member], workdir: Path, table: Path, failures: Mapping[str, str], bins: int = 32
+) -> None:
+    """The results of all members so far: a row per number, see `results`; one row with its reason for a failed member."""
+    names = list(dict.fromkeys(name for member in found for name in member.settings))
+    columns = [name.removeprefix(CONFIG) for name in names]
+    temporary = table.with_name(table.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow([*columns, *COLUMNS])
+        for member in found:
+            settings = [member.settings.get(name, "") for name in names]
+            if member.name in failures:
+                rows.writerow([*settings, f"failed: {failures[member.name]}", "", "", "", "", ""])
+            elif _is_complete(member, workdir):
+                for row in results(member, workdir / member.name, bins):
+                    rows.writerow([*settings, "complete", *row])
+    os.replace(temporary, table)
+
+
+def results(member: Member, folder: Path, bins: int) -> Iterator[tuple]:
+    """(step, set, position, metric, value) of a complete run.
+
+    Numbers of the whole run have neither set nor position; evaluations name their set (the validation set: every one of
+    them, by step); those by position are means over equal bins, whose last position is given.
+    """
+    summary = json.loads((folder / "summary.json").read_text())
+    last = summary["steps"]
+    yield (
+        last,
+        "",
+        "",
+        "parameters",
+        count_params(registry.module_of(member.config.model).param_specs(member.config.model)),
+    )
+    for name, value in summary.items():
+        if isinstance(value, int | float) and name != "steps" and not name.startswith("validation_"):
+            yield last, "", "", name, _short(value)
+    for row in metrics.read_rows(folder):
+        for name, value in row.items():
+            if name.startswith("validation_"):
+                yield row["step"], "validation", "", name.removeprefix("validation_"), _short(value)
+    for of_set, scores in summary.get("evaluations", {}).items():
+        for name, value in scores.items():
+            yield last, of_set, "", name, _short(value)
+    if (folder / metrics.POSITIONS).exists():
+        for of_set, position, name, value in _binned(folder / metrics.POSITIONS, bins):
+            yield last, of_set, position, name, _short(value)
+
+
+def _binned(path: Path, bins: int) -> Iterator[tuple[str, int, str, float]]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for of_set in dict.fromkeys(row["set"] for row in rows):
+        chosen = [row for row in rows if row["set"] == of_set]
+        position = np.array([int(row["position"]) for row in chosen])
+        weight = np.array([float(row["weight"]) for row in chosen])
+        width = -(-position.max() // bins)
+        index = (position - 1) // width
+        for name in (n for n in chosen[0] if n not in ("set", "position", "weight") and chosen[0][n]):
+            value = np.array([float(row[name]) for row in chosen])
+            for i in np.unique(index):
+                here = index == i
+                mean = np.sum(value[here] * weight[here]) / np.sum(weight[here])
+                yield of_set, int((i + 1) * width), name, float(mean)
+
+
+def _short(value: float) -> str:
+    return f"{value:.6g}"

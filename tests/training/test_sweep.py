@@ -1,0 +1,168 @@
+"""Sweeps: which members there are, what of them ends in the table, what is done again."""
+
+import asyncio
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from training_runs import HERE, ROOT
+
+from deltajax import data, sweep
+from deltajax.layers.param import abstract_params
+from deltajax.models import lm
+from deltajax.training import metrics, sweeps
+from deltajax.training.checkpoint import Checkpoints, abstract_like
+from deltajax.training.config import default_workdir, load_config
+
+FILE = str(HERE / "tiny_sweep.py")
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, _environment):
+    """(exit code, workdir) of the whole sweep, in which one member fails."""
+    workdir = tmp_path_factory.mktemp("sweep")
+    return sweep.main(["sweep", f"--config={FILE}", f"--workdir={workdir}", "--jobs=2", "--bins=3"]), workdir
+
+
+def test_table_of_a_sweep_whose_second_member_fails(swept):
+    code, workdir = swept
+    assert code == 1
+    rows = read(workdir / "results.csv")
+    assert list(rows[0]) == ["group", "learning_rate", "seed", *sweeps.COLUMNS]
+    members = {(row["group"], row["learning_rate"], row["seed"]): row["status"] for row in rows}
+    assert list(members) == [("S3", "0.01", ""), ("S3", "1e+30", ""), ("(0 1), (0 1 2 3)", "", "1")]
+    good, bad, other = members.values()
+    assert good == other == "complete"
+    assert bad.startswith("failed: non-finite loss or gradient at step ")
+    assert [row["value"] for row in rows if row["status"] == bad] == [""]
+
+    mine = [row for row in rows if row["learning_rate"] == "0.01"]
+    overall = {(row["set"], row["metric"]): float(row["value"]) for row in mine if not row["position"]}
+    assert overall["", "chance"] == pytest.approx(1 / 6, rel=1e-5)
+    assert overall["", "parameters"] == lm.num_params(load_config(FILE).model)
+    assert [row["step"] for row in mine if row["set"] == "validation" and row["metric"] == "loss"] == ["2", "4"]
+    for name in ("loss", "accuracy"):
+        curve = {row["position"]: float(row["value"]) for row in mine if row["metric"] == name and row["position"]}
+        assert list(curve) == ["4", "8", "12"]
+        # Positions 2-4, 5-8 and 9-11: the first one asks for nothing.
+        mean = np.average(list(curve.values()), weights=[3, 4, 3])
+        assert mean == pytest.approx(overall["length_11", name], rel=1e-4)
+
+
+def test_scores_by_position_are_those_of_the_model(swept):
+    workdir = swept[1] / "group=S3,learning_rate=0.01"
+    config = load_config(FILE)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = Checkpoints(workdir, read_only=True).restore_params(
+        4, abstract_like(abstract_params(lm.param_specs(config.model)), device)
+    )
+    source = data.load(config.data).evaluations["length_11"]
+    tokens, targets = (np.stack([source[i][key] for i in range(10)]) for key in ("tokens", "targets"))
+    logits, _ = lm.apply(params, config.model, tokens)
+    right = np.mean(np.argmax(logits, -1) == targets, axis=0)
+    rows = read(workdir / metrics.POSITIONS)
+    assert [(row["set"], int(row["position"]), float(row["weight"])) for row in rows] == [
+        ("length_11", i, 10) for i in range(2, 12)
+    ]
+    np.testing.assert_allclose([float(row["accuracy"]) for row in rows], right[1:], atol=1e-6)
+
+
+def test_only_what_is_not_complete_is_done_again(swept, monkeypatch, capfd):
+    _, workdir = swept
+    before = (workdir / "results.csv").read_text()
+    trained = []
+
+    async def train(member, folder, cores):
+        trained.append(member.name)
+        return "again"
+
+    monkeypatch.setattr(sweeps, "_train", train)
+    found = sweeps.members(FILE)
+    with pytest.raises(Exception, match=r"1 of 3 members failed; the first is group=S3,learning_rate=1e\+30: again"):
+        sweeps.run(found, workdir, workdir / "again.csv", bins=3)
+    assert trained == ["group=S3,learning_rate=1e+30"]
+    complete = [line for line in before.splitlines() if "failed" not in line]
+    assert [line for line in (workdir / "again.csv").read_text().splitlines() if "failed" not in line] == complete
+    trained.clear()
+    with pytest.raises(Exception, match="3 of 3 members failed"):  # another config is another run
+        sweeps.run(sweeps.members(FILE, changes={"steps": "5"}), workdir, workdir / "again.csv")
+    assert len(trained) == 3
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    running = []
+
+    async def train(member, folder, cores):
+        running.append(member.name)
+        if len(running) == 2:
+            raise KeyboardInterrupt
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(sweeps, "_train", train)
+    assert sweep.main(["sweep", f"--config={FILE}", f"--workdir={tmp_path}", "--jobs=2"]) == 1
+    assert "interrupted; 0 of 3 members are complete, the same command continues" in capfd.readouterr().err
+    assert len(running) == 2
+
+
+def test_grids_of_flags_and_files():
+    names = [member.name for member in sweeps.members(f"{FILE}:rates=1")]
+    assert names == ["group=S3,learning_rate=0.01", "group=_0_1_,_0_1_2_3_,seed=1"]
+    found = sweeps.members(
+        FILE, ["group=S4", "config.seed=3,4", "config.data.lengths=(7,8),(9)"], {"steps": "7"}
+    )
+    assert [m.settings["config.data.lengths"] for m in found] == ["(7,8)", "(9)"] * 2
+    assert [(m.config.steps, m.config.seed, m.config.data.lengths) for m in found] == [
+        (7, 3, (7, 8)),
+        (7, 3, (9,)),
+        (7, 4, (7, 8)),
+        (7, 4, (9,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--grid=group"], "--grid=group: must be name=value,value,..."),
+        (["--grid=group=S3,,S4"], "must be name=value"),
+        (["--grid=group=S3,S3"], "--grid: the member group=S3 occurs twice"),
+        (["--grid=config.sead=1"], "--config.sead: no such key; did you mean config.seed?"),
+        (["--grid=grup=S3"], "get_config() takes no 'grup' (arguments: group, learning_rate)"),
+        (["--grid=learning_rate=fast"], "learning_rate=fast: must be a number"),
+        (["--grid=group=Q8"], "group must be"),
+        (["--grid=config.steps=1", "--jobs=0"], "jobs"),
+    ],
+)
+def test_a_mistake_starts_nothing(arguments, part, tmp_path, capfd):
+    code = sweep.main(["sweep", f"--config={FILE}", f"--workdir={tmp_path / 'new'}", *arguments])
+    err = capfd.readouterr().err
+    assert (code, err.count("\n")) == (2, 1), err
+    assert part in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_file_without_a_grid(capfd):
+    code = sweep.main(["sweep", f"--config={HERE / 'tiny.py'}"])
+    assert (code, "the file defines no get_grid()" in capfd.readouterr().err) == (2, True)
+
+
+def test_arguments_of_experiment_files():
+    assert load_config(f"{FILE}:group=(0 1), (0 1 2 3),learning_rate=3e-4").data.group == "(0 1), (0 1 2 3)"
+    assert load_config(f"{FILE}:learning_rate=3e-4").optimizer.learning_rate == 3e-4
+    for arguments, part in [("group", "name=value"), ("rank=1", "takes no 'rank'"), ("group=S0", "group must be")]:
+        with pytest.raises(ValueError, match=part):
+            load_config(f"{FILE}:{arguments}")
+    assert str(default_workdir("experiments/a.py")) == "runs/a"
+    assert str(default_workdir("experiments/a.py:group=(0 1),b=2")) == "runs/a-group=_0_1-b=2"
+
+
+def test_member_json_is_the_config(swept):
+    text = (swept[1] / "group=S3,learning_rate=0.01" / "member.json").read_text()
+    assert json.loads(text)["data"]["group"] == "S3"
+    assert ROOT in HERE.parents
