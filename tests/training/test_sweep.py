@@ -114,9 +114,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch, capfd):
 def test_grids_of_flags_and_files():
     names = [member.name for member in sweeps.members(f"{FILE}:rates=1")]
     assert names == ["group=S3,learning_rate=0.01", "group=_0_1_,_0_1_2_3_,seed=1"]
-    found = sweeps.members(
-        FILE, ["group=S4", "config.seed=3,4", "config.data.lengths=(7,8),(9)"], {"steps": "7"}
-    )
+    found = sweeps.members(FILE, ["group=S4", "config.seed=3,4", "config.data.lengths=(7,8),(9)"], {"steps": "7"})
     assert [m.settings["config.data.lengths"] for m in found] == ["(7,8)", "(9)"] * 2
     assert [(m.config.steps, m.config.seed, m.config.data.lengths) for m in found] == [
         (7, 3, (7, 8)),
