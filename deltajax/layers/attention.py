@@ -1,6 +1,8 @@
 """Softmax attention with rotary positions: causal, full or within a sliding window, grouped key-value heads."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from deltajax.errors import check_integers, check_number
 from deltajax.layers import linear
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
+from deltajax.ops.over_mesh import over_mesh, spread_over, tokens_before
 from deltajax.ops.segments import number_segments
 
 
@@ -104,27 +107,60 @@ def apply(
         k = rms_norm(k, params["k_norm"], config.norm_eps)
     positions = jnp.arange(length, dtype=jnp.int32) + (0 if state is None else state["length"])
     q, k = (rotary(y, positions, config.rope_base) for y in (q, k))
-    key_positions = positions
-    if state is not None:
+    documents = None if segment_ids is None else number_segments(segment_ids)
+    if state is None:
+        attend: Callable = functools.partial(_attend_spread, config.window)
+        if spread_over("sequence") > 1:
+            attend = over_mesh(attend, ("BTH.", "BTH.", "BTH.", "BT"), "BTH.")
+        o = attend(q, k, v, documents)
+    else:
         if segment_ids is not None:
             raise ValueError("attention: segment_ids and a state exclude each other")
         new_state = _append(state, k, v, positions)
         k = jnp.concatenate([state["k"].astype(k.dtype), k], axis=1)
         v = jnp.concatenate([state["v"].astype(v.dtype), v], axis=1)
-        key_positions = jnp.concatenate([state["positions"], positions])
-    distance = positions[:, None] - key_positions[None, :]
-    visible = (distance >= 0) & (key_positions >= 0)[None, :]
-    if config.window is not None:
-        visible &= distance < config.window
-    visible = visible[None]
-    if segment_ids is not None:
-        documents = number_segments(segment_ids)
-        visible = visible & (documents[:, :, None] == documents[:, None, :])
-    o = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
-    if state is not None and config.window is None:
-        o = jnp.where((positions < state["k"].shape[1])[:, None, None], o, jnp.nan)
+        o = _attend(q, k, v, positions, jnp.concatenate([state["positions"], positions]), config.window)
+        if config.window is None:
+            o = jnp.where((positions < state["k"].shape[1])[:, None, None], o, jnp.nan)
     y = o.reshape(batch, length, config.num_heads * config.head_dim) @ params["o"].astype(x.dtype)
     return y, None if state is None else new_state
+
+
+def _attend(q, k, v, positions, key_positions, window, documents=None, key_documents=None):
+    """Attention of queries to the keys at or before their position, in the window and in the same document."""
+    distance = positions[:, None] - key_positions[None, :]
+    visible = (distance >= 0) & (key_positions >= 0)[None, :]
+    if window is not None:
+        visible &= distance < window
+    visible = visible[None]
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == key_documents[:, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+
+
+def _attend_spread(window, q, k, v, documents, sequence_axis=None):
+    """`_attend` of tokens to themselves, T of them or, with `sequence_axis`, T on each of its devices.
+
+    Keys and values come from the devices before if the window ends there, else they are gathered from all.
+    """
+    length = q.shape[1]
+    positions = key_positions = jnp.arange(length, dtype=jnp.int32)
+    key_documents = documents
+    if sequence_axis is not None:
+        devices = jax.lax.axis_size(sequence_axis)
+        positions = positions + jax.lax.axis_index(sequence_axis) * length
+        everything = window is None or window > length * (devices - 1)
+
+        def bring(x):
+            if everything:
+                return jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True)
+            return jnp.concatenate([tokens_before(x, window - 1, sequence_axis), x], axis=1)
+
+        key_positions = jnp.arange(devices * length, dtype=jnp.int32)
+        if not everything:
+            key_positions = positions[0] + jnp.arange(1 - window, length, dtype=jnp.int32)
+        k, v, key_documents = jax.tree.map(bring, (k, v, documents))
+    return _attend(q, k, v, positions, key_positions, window, documents, key_documents)
 
 
 def _append(state: dict, k: Array, v: Array, positions: Array) -> dict:

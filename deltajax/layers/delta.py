@@ -14,6 +14,8 @@ from deltajax.layers import conv, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, init_params
 from deltajax.ops import IMPLEMENTATIONS, delta_product, delta_product_step
+from deltajax.ops.delta_rule.api import may_use_kernels
+from deltajax.ops.over_mesh import over_mesh, spread_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +155,10 @@ def apply(
     for name in "qkv":
         y = x @ weight[name]
         if config.conv_width:
-            before = None if state is None else state[name]
-            y, new_state[name] = conv.apply(weight[f"{name}_conv"], y, segment_ids=segment_ids, state=before)
+            if state is None:
+                y = _convolve(weight[f"{name}_conv"], y, segment_ids)
+            else:
+                y, new_state[name] = conv.apply(weight[f"{name}_conv"], y, state=state[name])
         mixed[name] = jax.nn.silu(y)
     steps, value_heads = config.num_householder, config.value_heads
     q = l2_norm(mixed["q"].reshape(batch, length, config.num_heads, config.head_dim))
@@ -164,7 +168,7 @@ def apply(
     beta = beta.reshape(batch, length, steps, value_heads)
     g = _log_decay(params, config, x)
     if state is None:
-        o, _ = delta_product(q, k, v, beta, g, segment_ids=segment_ids, implementation=config.implementation)
+        o = _mix(q, k, v, beta, g, segment_ids, config.implementation)
     elif length == 1:
         o, new_state["s"] = delta_product_step(
             state["s"], q[:, 0], k[:, 0], v[:, 0], beta[:, 0], None if g is None else g[:, 0]
@@ -181,6 +185,30 @@ def apply(
         o = o * jax.nn.sigmoid(x @ weight["out_gate_down"] @ weight["out_gate_up"]).reshape(o.shape)
     o = o.reshape(batch, length, value_heads * config.value_dim)
     return o @ weight["o"], None if state is None else new_state
+
+
+def _convolve(weight: Array, x: Array, segment_ids: Array | None) -> Array:
+    """The short convolution; where tokens are spread over devices, each asks its neighbour for the last inputs."""
+
+    def convolve(weight, x, segment_ids, sequence_axis=None):
+        return conv.apply(weight, x, segment_ids=segment_ids, sequence_axis=sequence_axis)[0]
+
+    if spread_over("sequence") > 1:
+        convolve = over_mesh(convolve, (".H", "BTH", "BT"), "BTH")
+    return convolve(weight, x, segment_ids)
+
+
+def _mix(q, k, v, beta, g, segment_ids, implementation):
+    """Outputs of the delta product, each device with its sequences, tokens and heads."""
+
+    def mix(q, k, v, beta, g, segment_ids, sequence_axis):
+        o, _ = delta_product(
+            q, k, v, beta, g, segment_ids=segment_ids, implementation=implementation, sequence_axis=sequence_axis
+        )
+        return o
+
+    layouts = ("BTH.", "BT.H.", "BT.H.", "BT.H", "BTH" if g is None or g.ndim == 3 else "BTH.", "BT")
+    return over_mesh(mix, layouts, "BTH.", check_vma=not may_use_kernels(implementation))(q, k, v, beta, g, segment_ids)
 
 
 def _log_decay(params: dict, config: Config, x: Array) -> Array | None:

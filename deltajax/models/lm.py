@@ -16,6 +16,7 @@ from deltajax.layers import mlp
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, count_params, init_params, stack_specs
 from deltajax.models.losses import cross_entropies, cross_entropy_sums
+from deltajax.ops.over_mesh import lay_out
 
 
 class FrozenMapping(Mapping):
@@ -233,7 +234,7 @@ def hidden(
         raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
     if segment_ids is not None and segment_ids.shape != tokens.shape:
         raise ValueError(f"segment_ids must have the shape of tokens, {tokens.shape}, got {segment_ids.shape}")
-    x = params["embed"].astype(config.dtype)[tokens]
+    x = params["embed"].astype(config.dtype)[lay_out(tokens, "BT")]
     new_state: list = []
     for i, (unit, repeats) in enumerate(layer_groups(config.pattern)):
         run: Callable = functools.partial(_unit, config, unit, segment_ids)
@@ -258,6 +259,7 @@ def hidden(
 def _unit(config: Config, unit: tuple[str, ...], segment_ids: Array | None, x: Array, layers: tuple) -> tuple:
     """Pre-norm layers: x + mixer(norm(x)), then x + mlp(norm(x))."""
     params, state = layers
+    x = lay_out(x, "BT.")
     new_state = {}
     for i, name in enumerate(unit):
         mixer, p = config.mixers[name], params[str(i)]

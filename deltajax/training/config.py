@@ -85,17 +85,26 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Sizes of the device mesh's axes; at most one is -1: all the devices that remain."""
+    """Sizes of the device mesh's axes; at most one is -1: all the devices that remain.
+
+    Attributes:
+      data: each device has sequences of its own. On several slices this axis goes across them.
+      fsdp: the same, and each holds a part of the parameters and of the optimiser's state.
+      sequence: each device has a part of every sequence's tokens (language models).
+      tensor: each device has a part of the heads, hidden units and vocabulary.
+    """
 
     data: int = -1
     fsdp: int = 1
+    sequence: int = 1
     tensor: int = 1
 
     def __post_init__(self):
         """Check ranges."""
-        _require_all(self, ">= 1 or -1", lambda x: x == -1 or x >= 1, "data", "fsdp", "tensor")
-        sizes = (self.data, self.fsdp, self.tensor)
-        require(sizes.count(-1) <= 1, "(data, fsdp, tensor)", sizes, "at most one -1")
+        names = [field.name for field in dataclasses.fields(self)]
+        _require_all(self, ">= 1 or -1", lambda x: x == -1 or x >= 1, *names)
+        sizes = dataclasses.astuple(self)
+        require(sizes.count(-1) <= 1, f"({', '.join(names)})", sizes, "at most one -1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,7 @@ def make_step(config: TrainConfig) -> Step:
     """The compiled functions that a config asks for, on this machine's devices."""
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
+    mesh_lib.check_sequence(getattr(config.data, "seq_len", None), mesh)
     schedule = optimizer.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
     specs = registry.module_of(config.model).param_specs(config.model)
     tx = optimizer.make_optimizer(config.optimizer, schedule, specs)
@@ -78,7 +79,7 @@ class Run:
         self.compiled = step
         text = dataset.bytes_per_target
         self.bits_per_nat = None if text is None else 1 / (math.log(2) * text)  # bits per byte for one nat per target
-        self.iterator = dataset.train_iterator(jax.process_index(), jax.process_count())
+        self.iterator = dataset.train_iterator(*step.reading_group)
         self.best_loss = math.inf
         self.step = 0
         if restored:
@@ -189,9 +190,7 @@ class Run:
     def _evaluate(self) -> float:
         """Mean validation loss; written with the other scores, shown and compared with the best."""
         started = time.perf_counter()
-        batches = self.dataset.validation_batches(
-            self.config.evaluation.batches, jax.process_index(), jax.process_count()
-        )
+        batches = self.dataset.validation_batches(self.config.evaluation.batches, *self.compiled.reading_group)
         state = self.state
         sums = [self.compiled.evaluate(state.params, state.stats, self.compiled.put(batch)) for batch in batches]
         total = {k: np.sum([x[k] for x in jax.device_get(sums)], dtype=np.float64) for k in sums[0]}
@@ -208,7 +207,7 @@ class Run:
     def _score(self, name: str) -> dict[str, np.ndarray]:
         """Sums over an evaluation set, in float64: one per position, or one in all if the model knows no positions."""
         evaluate = self.compiled.evaluate_positions or self.compiled.evaluate
-        batches = self.dataset.validation_batches(None, jax.process_index(), jax.process_count(), name)
+        batches = self.dataset.validation_batches(None, *self.compiled.reading_group, name)
         state = self.state
         sums = [jax.device_get(evaluate(state.params, state.stats, self.compiled.put(batch))) for batch in batches]
         return {k: np.sum([np.atleast_1d(x[k]) for x in sums], axis=0, dtype=np.float64) for k in sums[0]}

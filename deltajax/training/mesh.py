@@ -1,19 +1,24 @@
 """The device mesh, and the one table that says how arrays are laid out over it."""
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deltajax.layers.param import ParamSpec, is_spec
+from deltajax.ops.over_mesh import ACTIVATIONS
 from deltajax.training import config as config_lib
 
 # Logical axis (as parameters and batches name them) -> mesh axes.
 RULES: dict[str | None, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ACTIVATIONS["batch"],
+    "heads": ACTIVATIONS["heads"],
     "embed": ("fsdp",),
-    "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
@@ -21,19 +26,45 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
-    """A mesh over all devices with axes (data, fsdp, tensor).
+def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """A mesh over all devices with axes (data, fsdp, sequence, tensor).
+
+    Neighbours on the last axes are neighbours in the machine. On several slices (TPU pods joined by a data-centre network)
+    only the data axis crosses from one to the next.
+
+    Args:
+      devices: default: those of all processes.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or slices do not divide the data axis.
     """
-    devices = jax.device_count()
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    resolved = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(resolved.values()) != devices:
-        raise ValueError(f"mesh must multiply to the {devices} device(s) of this machine, got {_show(sizes)}")
-    return jax.make_mesh(tuple(resolved.values()), tuple(resolved), axis_types=(AxisType.Auto,) * 3)
+    resolved = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(resolved.values()) != len(devices):
+        raise ValueError(f"mesh must multiply to the {len(devices)} device(s) there are, got {_show(sizes)}")
+    axis_types = (AxisType.Auto,) * len(resolved)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(resolved.values()), tuple(resolved), axis_types=axis_types, devices=devices)
+    if resolved["data"] % slices:
+        raise ValueError(f"mesh.data must be a multiple of the {slices} slices, got {resolved['data']}")
+    across = dict.fromkeys(resolved, 1) | {"data": slices}
+    inside = [size // across[axis] for axis, size in resolved.items()]
+    array = mesh_utils.create_hybrid_device_mesh(inside, list(across.values()), devices)
+    return jax.sharding.Mesh(array, tuple(resolved), axis_types=axis_types)
+
+
+def within(mesh: jax.sharding.Mesh, f: Callable) -> Callable:
+    """`f` traced with `mesh` as the ambient one: layers then know how activations are spread (`ops.over_mesh`)."""
+
+    @functools.wraps(f)
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*arguments)
+
+    return traced
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -49,6 +80,36 @@ def check_batch(batch_size: int, grad_accumulation: int, mesh: jax.sharding.Mesh
             f"data.batch_size must be a multiple of data * fsdp * grad_accumulation = "
             f"{shards * grad_accumulation}, got {batch_size}"
         )
+
+
+def check_sequence(seq_len: int | None, mesh: jax.sharding.Mesh) -> None:
+    """Raise a ValueError unless every device gets equally many of a sequence's tokens; None: the data are no sequences."""
+    devices = mesh.shape["sequence"]
+    if devices > 1 and seq_len is None:
+        raise ValueError(f"mesh.sequence must be 1 for data without seq_len, got {devices}")
+    if devices > 1 and seq_len % devices:
+        raise ValueError(f"data.seq_len must be a multiple of mesh.sequence = {devices}, got {seq_len}")
+
+
+def reading_group(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(index, count): this process reads part `index` of `count` equal, contiguous parts of every batch.
+
+    Processes whose devices differ only on the sequence or tensor axis read the same rows.
+
+    Raises:
+      ValueError: the mesh gives processes parts that overlap.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    rows: dict[int, set[int]] = {}
+    device: Any
+    for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).update(range(shards)[index[0]])
+    parts = sorted({tuple(sorted(part)) for part in rows.values()})
+    if [row for part in parts for row in part] != list(range(shards)) or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"mesh {_show(mesh.shape)}: the {len(rows)} processes must each hold whole, contiguous parts of data * fsdp"
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

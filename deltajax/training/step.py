@@ -85,6 +85,7 @@ class Step:
     """One model, one optimiser, one mesh: `init`, `train` and `evaluate` compiled for them.
 
     Attributes:
+      reading_group: which part of each batch this process reads, see `mesh.reading_group`.
       shardings: TrainState of NamedShardings.
       abstract: TrainState of jax.ShapeDtypeStructs with those shardings.
       init: seed -> TrainState.
@@ -103,7 +104,9 @@ class Step:
     ):
         """Nothing is computed before the first call."""
         whole = mesh_lib.replicated(mesh)
+        within = functools.partial(mesh_lib.within, mesh)
         self.batch_sharding = mesh_lib.batch_sharding(mesh)
+        self.reading_group = mesh_lib.reading_group(mesh)
         shapes = jax.eval_shape(functools.partial(_init, model, optimizer), 0)
         params = mesh_lib.param_shardings(registry.module_of(model).param_specs(model), mesh)
         self.shardings = _state_shardings(shapes, params, whole)
@@ -112,19 +115,19 @@ class Step:
         )
         self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
         self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = jax.jit(
-            functools.partial(_train, model, optimizer, schedule, grad_accumulation),
+            within(functools.partial(_train, model, optimizer, schedule, grad_accumulation)),
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, whole),
             donate_argnums=0,
         )
         self.evaluate: Callable[[Any, Any, Batch], Sums] = jax.jit(
-            functools.partial(_evaluate, model),
+            within(functools.partial(_evaluate, model)),
             in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
         )
         by_position = getattr(registry.module_of(model), "position_sums", None)
         self.evaluate_positions: Callable[[Any, Any, Batch], Sums] | None = by_position and jax.jit(
-            lambda params, stats, batch: by_position(params, stats, model, batch),
+            within(lambda params, stats, batch: by_position(params, stats, model, batch)),
             in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
         )

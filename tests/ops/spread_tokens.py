@@ -11,6 +11,7 @@ from delta_rule_cases import NAMES, draw, relative_rms
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+from deltajax.layers import attention, delta, mixer
 from deltajax.ops import delta_product
 
 BATCH, LENGTH, DIM = 2, 96, 8
@@ -60,6 +61,38 @@ def main(devices, implementation, steps, heads, value_heads, gate, beta, cosine,
     return {"errors": {name: relative_rms(actual[name], exact[name]) for name in exact}, "collectives": found}
 
 
+def layers():
+    """Relative errors of outputs and gradients of layers whose tokens are spread over eight devices, by name."""
+    rng = np.random.default_rng(0)
+    mesh = jax.make_mesh((8, 1), ("sequence", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = jnp.asarray(rng.normal(size=(2, 16, 8)))  # two tokens a device: the convolution reaches over two devices
+    ids = jnp.asarray([[0] * 16, [0, 1, 1, 1, 2, 2, 0, 0, 0, 0, 0, 0, 0, 3, 3, 3]])
+    mixers = {f"window {w}": attention.Config(2, 4, window=w) for w in (None, 1, 4, 16)} | {
+        "convolution": delta.kda(1, 4, implementation="reference")
+    }
+    errors = {}
+    for name, config in mixers.items():
+        module = mixer.module_of(config)
+        params = jax.tree.map(lambda p: p.astype(x.dtype), module.init(jax.random.key(0), config, 8))
+
+        def loss(params, x, ids, module=module, config=config):
+            y, _ = module.apply(params, config, x, segment_ids=ids)
+            return jnp.sum(jnp.sin(y)), y
+
+        def spread(*arguments, loss=loss):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return loss(*arguments)
+
+        one, eight = (
+            jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True), in_shardings=jax.NamedSharding(mesh, P()))(
+                params, x, ids
+            )
+            for f in (loss, spread)
+        )
+        errors[name] = max(map(relative_rms, jax.tree.leaves(eight), jax.tree.leaves(one)))
+    return errors
+
+
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    print(json.dumps([main(*case) for case in json.loads(sys.argv[1])]))
+    print(json.dumps([layers(), *(main(*case) for case in json.loads(sys.argv[1]))]))

@@ -31,7 +31,7 @@ def results():
     command = [sys.executable, str(script), json.dumps(list(CASES.values()))]
     ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return dict(zip(CASES, json.loads(ended.stdout), strict=True))
+    return dict(zip(["layers", *CASES], json.loads(ended.stdout), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -41,6 +41,13 @@ def test_values_and_gradients(case, results):
     assert {"o", "state", "q", "k", "v", "beta", "initial_state"} <= errors.keys()
     for name, error in errors.items():
         assert error < (1e-5 if name in ("o", "state") else 1e-4), (name, error)
+
+
+def test_layers(results):
+    """Rotary embeddings and gates are float32; a wrong token would make a difference of order one."""
+    assert len(results["layers"]) == 5
+    for name, error in results["layers"].items():
+        assert error < 1e-6, (name, error)
 
 
 @pytest.mark.parametrize("case", ["no gate", "channel gate, three devices"])

@@ -23,7 +23,7 @@ from deltajax.training.checkpoint import Checkpoints
         (["--config.steps=2"], ["schedule.warmup_steps must be < steps = 2, got 2"]),
         (["stray"], ["stray: only flags are allowed"]),
         (["--config.data.corpus=/nowhere"], ["/nowhere"]),
-        (["--config.mesh.data=3"], ["mesh must multiply to the 1 device(s)", "data=3, fsdp=1, tensor=1"]),
+        (["--config.mesh.data=3"], ["mesh must multiply to the 1 device(s)", "data=3, fsdp=1, sequence=1, tensor=1"]),
         (["--config.mesh.fsdp=-1"], ["at most one -1"]),
         (["--config.grad_accumulation=3"], ["data.batch_size must be a multiple of", "3, got 8"]),
         (["--config.model.vocab_size=100"], ["model.vocab_size must be >= 257"]),

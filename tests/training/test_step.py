@@ -52,10 +52,13 @@ def test_non_finite_gradients_change_nothing_but_counters(setup):
 
 def test_one_and_eight_devices_agree(finished):
     """The steps that the finished run did on one device, on eight simulated devices that share every kind of axis."""
-    ended = start(HERE / "eight_devices.py", env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    meshes = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "sequence": 4, "tensor": 2}]
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    ended = start(HERE / "eight_devices.py", json.dumps(meshes), env=settings)
     assert ended.returncode == 0, ended.stderr
     one = [[row["loss"], row["grad_norm"]] for row in metrics.read_rows(finished) if "loss" in row][:3]
-    np.testing.assert_allclose(json.loads(ended.stdout), one, rtol=2e-4)
+    for rows in json.loads(ended.stdout):
+        np.testing.assert_allclose(rows, one, rtol=2e-4)
 
 
 def test_layout_errors_name_parameter_axis_and_mesh():
@@ -67,6 +70,11 @@ def test_layout_errors_name_parameter_axis_and_mesh():
         mesh.param_shardings({"w": ParamSpec((6,), ("depth",), jax.nn.initializers.zeros)}, eight)
     with pytest.raises(ValueError, match="mesh must multiply to the 1 device"):
         mesh.make_mesh(Mesh(tensor=2))
+    spread = jax.sharding.AbstractMesh((1, 4), ("data", "sequence"))
+    with pytest.raises(ValueError, match=r"data\.seq_len must be a multiple of mesh\.sequence = 4, got 30"):
+        mesh.check_sequence(30, spread)
+    with pytest.raises(ValueError, match=r"mesh\.sequence must be 1 for data without seq_len, got 4"):
+        mesh.check_sequence(None, spread)
 
 
 @pytest.mark.parametrize("decay, end", [("cosine", 1e-4), ("linear", 1e-4), ("constant", 1e-3)])

@@ -173,6 +173,11 @@ def _candidates(implementation: str | Sequence[str] | None) -> Sequence[str]:
     return names
 
 
+def may_use_kernels(implementation: str | Sequence[str] | None) -> bool:
+    """Whether a Pallas kernel is among the implementations tried."""
+    return any(name.startswith("pallas") for name in _candidates(implementation))
+
+
 _AXES = {
     "q": "B T H K", "k": "B T R H K", "v": "B T R HV V", "beta": "B T R HV", "g": "B T HV", "g per channel": "B T HV K",
     "state": "B HV K V", "initial_state": "B HV K V", "segment_ids": "B T",
