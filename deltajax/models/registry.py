@@ -17,9 +17,9 @@ every step and microbatch (None in evaluation); statistics come back changed onl
 
 from typing import Any
 
-from deltajax.models import lm
+from deltajax.models import efficientnet, lm, resnet
 
-MODELS: dict[type, Any] = {lm.Config: lm}
+MODELS: dict[type, Any] = {lm.Config: lm, resnet.Config: resnet, efficientnet.Config: efficientnet}
 
 
 def module_of(config: Any) -> Any:

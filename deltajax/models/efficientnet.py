@@ -1,0 +1,297 @@
+"""Networks of inverted residuals: EfficientNet-B4 (arXiv 1905.11946), EfficientNetV2-S (2104.00298), MobileNetV3 (`mobilenet`).
+
+A network is a table of stages. `b4()` and `v2_s()` are torchvision's; timm's `tf_` weights want
+`padding="same", norm=batch_norm.Config(eps=1e-3)`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from deltajax.errors import check_integers, check_number
+from deltajax.layers import batch_norm, classifier, conv2d, conv_norm, squeeze_excitation
+from deltajax.layers.activation import ACTIVATIONS, Name
+from deltajax.layers.param import count_params, init_params
+from deltajax.models.losses import cross_entropy_sums
+
+
+def _check_activations(*names: str) -> None:
+    for name in names:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Squeeze:
+    """Squeeze and excitation inside a block.
+
+    Attributes:
+      ratio: reduced width over the reference width.
+      of: the reference: the block's input ("input", EfficientNet) or its expanded channels ("hidden", MobileNetV3, whose
+        result is rounded to a multiple of 8).
+      activation, gate: after the first and the second map.
+    """
+
+    ratio: float = 0.25
+    of: Literal["input", "hidden"] = "input"
+    activation: Name = "silu"
+    gate: Name = "sigmoid"
+
+    def __post_init__(self):
+        """Check ranges."""
+        check_number(self, "ratio", 0, 1)
+        if self.of not in ("input", "hidden"):
+            raise ValueError(f"of must be input or hidden, got {self.of!r}")
+        _check_activations(self.activation, self.gate)
+
+    def reduced(self, channels: int, hidden: int) -> int:
+        """Width between the two maps."""
+        return round_channels(hidden * self.ratio) if self.of == "hidden" else max(1, round(channels * self.ratio))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Blocks of one output width.
+
+    Attributes:
+      block: "inverted": 1 x 1 expansion, depthwise K x K, 1 x 1 projection; "fused": K x K expansion, 1 x 1 projection. With
+        expansion 1 the 1 x 1 expansion, or the projection of a fused block, is left out.
+      channels: of the output.
+      repeats: blocks; all but the first have stride 1.
+      kernel, stride: K, and the stride of the first block.
+      expansion: hidden channels over input channels, one for all blocks or one each; products are rounded to a multiple of 8.
+      squeeze: squeeze and excitation after the depthwise convolution (after the expansion of a fused block), or None.
+      activation: of the block.
+    """
+
+    block: Literal["inverted", "fused"]
+    channels: int
+    repeats: int = 1
+    kernel: int = 3
+    stride: int = 1
+    expansion: float | tuple[float, ...] = 1.0
+    squeeze: Squeeze | None = None
+    activation: Name = "silu"
+
+    def __post_init__(self):
+        """Check ranges."""
+        check_integers(self, 1, "channels", "repeats", "kernel", "stride")
+        if len(self.expansions) != self.repeats or not all(0 < x < math.inf for x in self.expansions):
+            raise ValueError(
+                f"expansion must be a number > 0, or repeats = {self.repeats} of them, got {self.expansion!r}"
+            )
+        if self.block not in ("inverted", "fused"):
+            raise ValueError(f"block must be inverted or fused, got {self.block!r}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        _check_activations(self.activation)
+
+    @property
+    def expansions(self) -> tuple[float, ...]:
+        """One for each block."""
+        return self.expansion if isinstance(self.expansion, tuple) else (self.expansion,) * self.repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A network of inverted residuals.
+
+    Attributes:
+      stem: channels of the first convolution, 3 x 3 with stride 2.
+      stages: the table.
+      head: channels of the last convolution, 1 x 1.
+      head_hidden: width of a hidden layer before the logits; None: none.
+      activation: of stem and head.
+      padding: see `conv2d.apply`.
+      in_channels: of the images.
+      num_classes: of the logits.
+      dropout: before the last linear map, in [0, 1).
+      drop_path: probability that a residual block is skipped for an example (stochastic depth, arXiv 1603.09382) at the last
+        block, rising linearly from 0 at the first, in [0, 1).
+      norm: of the batch norms.
+      dtype: of the activations and of the products' inputs.
+    """
+
+    stem: int
+    stages: tuple[Stage, ...]
+    head: int
+    head_hidden: int | None = None
+    activation: Name = "silu"
+    padding: conv2d.Padding = "symmetric"
+    in_channels: int = 3
+    num_classes: int = 1000
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    norm: batch_norm.Config = dataclasses.field(default_factory=batch_norm.Config)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        """Check ranges."""
+        check_integers(self, 1, "stem", "head", "head_hidden", "in_channels", "num_classes")
+        if not self.stages:
+            raise ValueError("stages must hold at least one stage, got ()")
+        _check_activations(self.activation)
+        for name, allowed in (("padding", ("symmetric", "same")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a number in [0, 1), got {getattr(self, name)!r}")
+
+
+_SQUEEZE = Squeeze()
+_B4 = (  # B0 with widths times 1.4 and depths times 1.8
+    Stage("inverted", 24, 2, squeeze=_SQUEEZE),
+    Stage("inverted", 32, 4, 3, 2, 6, _SQUEEZE),
+    Stage("inverted", 56, 4, 5, 2, 6, _SQUEEZE),
+    Stage("inverted", 112, 6, 3, 2, 6, _SQUEEZE),
+    Stage("inverted", 160, 6, 5, 1, 6, _SQUEEZE),
+    Stage("inverted", 272, 8, 5, 2, 6, _SQUEEZE),
+    Stage("inverted", 448, 2, 3, 1, 6, _SQUEEZE),
+)
+_V2_S = (
+    Stage("fused", 24, 2),
+    Stage("fused", 48, 4, 3, 2, 4),
+    Stage("fused", 64, 4, 3, 2, 4),
+    Stage("inverted", 128, 6, 3, 2, 4, _SQUEEZE),
+    Stage("inverted", 160, 9, 3, 1, 6, _SQUEEZE),
+    Stage("inverted", 256, 15, 3, 2, 6, _SQUEEZE),
+)
+b4 = functools.partial(Config, stem=48, stages=_B4, head=1792)
+v2_s = functools.partial(Config, stem=24, stages=_V2_S, head=1280, norm=batch_norm.Config(eps=1e-3))
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, at least 8 and never below 0.9 of `channels` (the papers' rule)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
+
+
+def _blocks(config: Config) -> Iterator[list[tuple[Stage, int, int, int]]]:
+    """Per stage: (stage, channels in, hidden channels, stride) of each block."""
+    channels = config.stem
+    for stage in config.stages:
+        blocks = []
+        for i, expansion in enumerate(stage.expansions):
+            hidden = channels if expansion == 1 else round_channels(channels * expansion)
+            blocks.append((stage, channels, hidden, stage.stride if i == 0 else 1))
+            channels = stage.channels
+        yield blocks
+
+
+def param_specs(config: Config) -> dict:
+    """{"stem", "stages": one list of blocks each, "last", "head"}; a block is {"expand", "depthwise", "squeeze", "project"}."""
+
+    def block(stage: Stage, channels: int, hidden: int, _: int) -> dict:
+        specs = {}
+        alone = stage.block == "fused" and hidden == channels
+        if stage.block == "fused":
+            specs["expand"] = conv_norm.param_specs(stage.kernel, channels, stage.channels if alone else hidden)
+        else:
+            if hidden != channels:
+                specs["expand"] = conv_norm.param_specs(1, channels, hidden)
+            specs["depthwise"] = conv_norm.param_specs(stage.kernel, hidden, hidden, groups=hidden)
+        if stage.squeeze:
+            specs["squeeze"] = squeeze_excitation.param_specs(hidden, stage.squeeze.reduced(channels, hidden))
+        if not alone:
+            specs["project"] = conv_norm.param_specs(1, hidden, stage.channels)
+        return specs
+
+    return {
+        "stem": conv_norm.param_specs(3, config.in_channels, config.stem),
+        "stages": [[block(*sizes) for sizes in blocks] for blocks in _blocks(config)],
+        "last": conv_norm.param_specs(1, config.stages[-1].channels, config.head),
+        "head": classifier.param_specs(config.head, config.head_hidden, config.num_classes),
+    }
+
+
+def init(key: PRNGKeyArray, config: Config) -> dict:
+    """Parameters in float32, drawn from `param_specs`."""
+    return init_params(key, param_specs(config))
+
+
+def init_stats(config: Config) -> dict:
+    """Running mean 0 and variance 1 of every batch norm, at the paths of the parameters."""
+    return batch_norm.init_stats(param_specs(config))
+
+
+def num_params(config: Config) -> int:
+    """Number of parameters; nothing is allocated."""
+    return count_params(param_specs(config))
+
+
+def apply(
+    params: dict,
+    stats: dict,
+    config: Config,
+    images: Float[Array, "B H W C"],
+    *,
+    train: bool = False,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "B classes"], dict]:
+    """Logits in float32 and the running statistics, which change only if `train`.
+
+    Args:
+      params, stats: from `init` and `init_stats`.
+      config: static under jit.
+      images: any height and width.
+      train: batch norm by the statistics of this batch.
+      key: of dropout and stochastic depth; None: neither.
+    """
+    unit = functools.partial(conv_norm.apply, config=config.norm, train=train, padding=config.padding)
+    activation = ACTIVATIONS[config.activation]
+    new: dict[str, Any] = {"stages": []}
+    x, new["stem"] = unit(params["stem"], stats["stem"], x=images.astype(config.dtype), stride=2)
+    x = activation(x)
+    total, done = sum(stage.repeats for stage in config.stages), 0
+    for i, blocks in enumerate(_blocks(config)):
+        advanced = []
+        for j, (stage, channels, _, stride) in enumerate(blocks):
+            y, moved = _block(unit, stage, params["stages"][i][j], stats["stages"][i][j], x, stride)
+            advanced.append(moved)
+            if stride == 1 and channels == stage.channels:
+                drop = config.drop_path * done / total
+                if drop and key is not None:
+                    keep = jax.random.bernoulli(jax.random.fold_in(key, done), 1 - drop, (len(y), 1, 1, 1))
+                    y = y * (keep / (1 - drop)).astype(y.dtype)
+                y = x + y
+            x, done = y, done + 1
+        new["stages"].append(advanced)
+    x, new["last"] = unit(params["last"], stats["last"], x=x)
+    last_key = None if key is None else jax.random.fold_in(key, total)
+    head = functools.partial(classifier.apply, activation=config.activation, dropout=config.dropout, key=last_key)
+    return head(params["head"], activation(x)), new
+
+
+def _block(unit: Callable, stage: Stage, params: dict, stats: dict, x: Array, stride: int) -> tuple[Array, dict]:
+    """One block without its residual add, and the new statistics."""
+    new = {}
+    activation = ACTIVATIONS[stage.activation]
+    for name in ("expand", "depthwise"):
+        if name in params:
+            spatial = name == "depthwise" or stage.block == "fused"
+            x, new[name] = unit(params[name], stats[name], x=x, stride=stride if spatial else 1)
+            x = activation(x)
+    if stage.squeeze:
+        squeeze = stage.squeeze
+        x = squeeze_excitation.apply(params["squeeze"], x, activation=squeeze.activation, gate=squeeze.gate)
+    if "project" in params:
+        x, new["project"] = unit(params["project"], stats["project"], x=x)
+    return x, new
+
+
+def loss_sums(
+    params: dict, stats: dict, config: Config, batch: Mapping[str, Array], *, key: PRNGKeyArray | None, train: bool
+) -> tuple[dict[str, Float[Array, ""]], dict]:
+    """`cross_entropy_sums` of the labels; see `registry`.
+
+    Args:
+      batch: images [B, H, W, C] floats, targets [B] integers, weights [B] floats.
+    """
+    logits, stats = apply(params, stats, config, batch["images"], train=train, key=key if train else None)
+    return cross_entropy_sums(logits, batch["targets"], batch["weights"]), stats
