@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_number
-from deltajax.layers import conv, linear
+from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
-from deltajax.layers.param import ParamSpec, init_params
+from deltajax.layers.param import init_params
 from deltajax.ops import IMPLEMENTATIONS, delta_product, delta_product_step
 from deltajax.ops.delta_rule.api import may_use_kernels
 from deltajax.ops.over_mesh import over_mesh, spread_over
@@ -102,14 +101,8 @@ def param_specs(config: Config, d_model: int, out_scale: float = 1.0) -> dict:
         specs |= {f"{name}_conv": conv.param_spec(config.conv_width, dim) for name, dim in dims.items()}
     specs["beta"] = linear.spec(d_model, steps * value_heads, "embed", None)
     if config.gate:
-        channels = 1 if config.gate == "scalar" else config.head_dim
-        if config.gate == "scalar":
-            specs["g"] = linear.spec(d_model, value_heads, "embed", None)
-        else:
-            specs["g_down"] = linear.spec(d_model, config.head_dim, "embed", None)
-            specs["g_up"] = linear.spec(config.head_dim, value_heads * channels, None, "heads")
-        specs["a_log"] = ParamSpec((value_heads,), (None,), _init_a_log, weight_decay=False)
-        specs["dt_bias"] = ParamSpec((value_heads, channels), (None, None), _init_dt_bias, weight_decay=False)
+        channels = config.head_dim if config.gate == "channel" else None
+        specs |= gates.log_decay_specs(d_model, value_heads, channels)
     out = value_heads * config.value_dim
     if config.output_gate == "silu":
         specs["out_gate"] = linear.spec(d_model, out, "embed", "heads")
@@ -166,7 +159,7 @@ def apply(
     v = mixed["v"].reshape(batch, length, steps, value_heads, config.value_dim)
     beta = config.beta_max * jax.nn.sigmoid((x @ weight["beta"]).astype(jnp.float32))
     beta = beta.reshape(batch, length, steps, value_heads)
-    g = _log_decay(params, config, x)
+    g = gates.log_decay(params, x) if config.gate else None
     if state is None:
         o = _mix(q, k, v, beta, g, segment_ids, config.implementation)
     elif length == 1:
@@ -209,26 +202,3 @@ def _mix(q, k, v, beta, g, segment_ids, implementation):
 
     layouts = ("BTH.", "BT.H.", "BT.H.", "BT.H", "BTH" if g is None or g.ndim == 3 else "BTH.", "BT")
     return over_mesh(mix, layouts, "BTH.", check_vma=not may_use_kernels(implementation))(q, k, v, beta, g, segment_ids)
-
-
-def _log_decay(params: dict, config: Config, x: Array) -> Array | None:
-    """g = -exp(A) softplus(x W + dt): [B, T, HV], or [B, T, HV, K] per channel; in float32."""
-    if config.gate is None:
-        return None
-    names = ("g",) if config.gate == "scalar" else ("g_down", "g_up")
-    raw = functools.reduce(lambda y, name: y @ params[name].astype(x.dtype), names, x).astype(jnp.float32)
-    dt_bias = params["dt_bias"].astype(jnp.float32)
-    raw = raw.reshape(*x.shape[:2], *dt_bias.shape) + dt_bias
-    g = -jnp.exp(params["a_log"].astype(jnp.float32))[:, None] * jax.nn.softplus(raw)
-    return g[..., 0] if config.gate == "scalar" else g
-
-
-def _init_a_log(key, shape, dtype):
-    """Log of a decay rate uniform in [1, 16] (Mamba-2, arXiv 2405.21060)."""
-    return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
-
-
-def _init_dt_bias(key, shape, dtype):
-    """Inverse softplus of a step log-uniform in [0.001, 0.1]."""
-    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
-    return dt + jnp.log(-jnp.expm1(-dt))

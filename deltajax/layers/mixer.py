@@ -5,11 +5,11 @@ A new mixer is a file with `Config`, `param_specs`, `init_state` and `apply`, an
 
 from typing import Any
 
-from deltajax.layers import attention, delta
+from deltajax.layers import attention, delta, linear_attention
 
-MIXERS = {attention.Config: attention, delta.Config: delta}
+MIXERS = {attention.Config: attention, delta.Config: delta, linear_attention.Config: linear_attention}
 
-Config = attention.Config | delta.Config
+Config = attention.Config | delta.Config | linear_attention.Config
 
 
 def module_of(config: Config) -> Any:

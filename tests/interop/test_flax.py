@@ -8,7 +8,7 @@ from flax import nnx
 
 from deltajax.interop import linen as dj_linen
 from deltajax.interop import nnx as dj_nnx
-from deltajax.layers import attention, delta, mixer
+from deltajax.layers import attention, delta, linear_attention, mixer
 from deltajax.models import lm
 
 MIXERS = {
@@ -17,6 +17,7 @@ MIXERS = {
     "deltaproduct": delta.deltaproduct(2, 4),
     "gated_deltaproduct": delta.gated_deltaproduct(2, 4),
     "kda": delta.kda(2, 4),
+    "gated_linear_attention": linear_attention.gated_linear_attention(2, 4, value_head_dim=6),
     "attention": attention.Config(2, 4, window=3),
 }
 X = jax.random.normal(jax.random.key(0), (2, 6, 8))

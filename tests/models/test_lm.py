@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltajax.layers import attention, delta
+from deltajax.layers import attention, delta, linear_attention
 from deltajax.models import lm
 
 MIXERS = {
@@ -18,6 +18,7 @@ MIXERS = {
     "deltaproduct": delta.deltaproduct(2, 8, num_householder=3),
     "gated_deltaproduct": delta.gated_deltaproduct(1, 8, num_value_heads=2),
     "kda": delta.kda(2, 8),
+    "gated_linear_attention": linear_attention.gated_linear_attention(2, 8, value_head_dim=6),
     "no_conv": delta.deltanet(2, 8, conv_width=0, beta_max=2.0),
     "attention": attention.Config(4, 8, num_kv_heads=2, qk_norm=True),
     "window": attention.Config(2, 8, window=5),
