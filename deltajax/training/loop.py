@@ -1,6 +1,7 @@
 """A run from its config to its plot: restore or initialise, train, evaluate, save, finish."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -57,10 +58,18 @@ def make_step(config: TrainConfig) -> Step:
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
     mesh_lib.check_sequence(getattr(config.data, "seq_len", None), mesh)
-    schedule = optimizer.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
-    specs = registry.module_of(config.model).param_specs(config.model)
-    tx = optimizer.make_optimizer(config.optimizer, schedule, specs)
-    return Step(config.model, tx, schedule, mesh, config.grad_accumulation)
+    return _make_step(
+        config.model, config.optimizer, config.schedule, config.steps, config.mesh, config.grad_accumulation
+    )
+
+
+@functools.lru_cache(maxsize=1)  # a process that trains several seeds one after the other compiles once
+def _make_step(model, optimizer_config, schedule_config, steps, mesh_config, grad_accumulation) -> Step:
+    mesh = mesh_lib.make_mesh(mesh_config)
+    schedule = optimizer.make_schedule(schedule_config, optimizer_config.learning_rate, steps)
+    specs = registry.module_of(model).param_specs(model)
+    tx = optimizer.make_optimizer(optimizer_config, schedule, specs)
+    return Step(model, tx, schedule, mesh, grad_accumulation)
 
 
 class Run:

@@ -1,6 +1,7 @@
-"""Grids of runs: each member a process of its own, all results in one tidy table."""
+"""Grids of runs, trained by worker processes, all results in one tidy table."""
 
 import asyncio
+import collections
 import csv
 import dataclasses
 import inspect
@@ -131,67 +132,86 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
 
 
 async def _run_all(found, waiting, workdir, table, failures, jobs, bins):
-    cores = _share(jobs)
-    slots: asyncio.Queue = asyncio.Queue()
-    for slot in range(jobs):
-        slots.put_nowait(slot)
+    """Let `jobs` workers take members from one queue; a worker that dies takes one member with it and is replaced."""
+    queue = collections.deque(waiting)
     bar = tqdm.tqdm(total=len(waiting), unit="run", disable=not sys.stderr.isatty())
     done = itertools.count(1)
 
-    async def one(member):
-        slot = await slots.get()
-        started = time.perf_counter()
+    async def work(cores):
+        worker = Worker(workdir, cores)
         try:
-            reason = await _train(member, workdir / member.name, cores[slot])
+            while queue:
+                member, started = queue.popleft(), time.perf_counter()
+                reason = await worker.train(member)
+                if reason is not None:
+                    failures[member.name] = reason
+                outcome = f"failed: {reason}" if reason is not None else _describe(workdir / member.name)
+                bar.update()
+                bar.clear()
+                seconds = time.perf_counter() - started
+                print(f"[{next(done)}/{len(waiting)}] {member.name}: {outcome} ({seconds:.0f} s)", flush=True)
+                write_table(found, workdir, table, failures, bins)
         finally:
-            slots.put_nowait(slot)
-        if reason is None:
-            outcome = _describe(workdir / member.name)
-        else:
-            failures[member.name] = reason
-            outcome = f"failed: {reason}"
-        bar.update()
-        seconds = time.perf_counter() - started
-        bar.clear()
-        print(f"[{next(done)}/{len(waiting)}] {member.name}: {outcome} ({seconds:.0f} s)", flush=True)
-        write_table(found, workdir, table, failures, bins)
+            await worker.close()
 
     with bar:
-        await asyncio.gather(*(one(member) for member in waiting))
+        await asyncio.gather(*(work(cores) for cores in _share(jobs)))
 
 
-async def _train(member: Member, folder: Path, cores: set[int] | None) -> str | None:
-    """Run `deltajax.train` to its end; None, or why it failed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = [f"--config={member.path}", f"--workdir={folder}"]
-    flags += [f"--config.{key}={value}" for key, value in member.changes.items()]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / ".jax_cache")}  # seeds share their programs
-    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-    with open(folder / "log.txt", "ab") as log:
+class Worker:
+    """A process that trains one member after the other: it imports and compiles once what they share."""
+
+    def __init__(self, workdir: Path, cores: set[int] | None):
+        """Nothing is started before the first member."""
+        self._workdir, self._cores = workdir, cores
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def train(self, member: Member) -> str | None:
+        """Run `deltajax.train` to its end; None, or why it failed."""
+        folder = self._workdir / member.name
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = [f"--config={member.path}", f"--workdir={folder}"]
+        flags += [f"--config.{key}={value}" for key, value in member.changes.items()]
+        process = self._process = self._process or await self._start()
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps({"log": str(folder / "log.txt"), "flags": flags}).encode() + b"\n")
+        answer = await process.stdout.readline()
+        if answer.strip() == b"0":
+            (folder / "member.json").write_text(json.dumps(serialize.to_json(member.config)))
+            return None
+        if not answer:
+            self._process = None
+            code = await process.wait()
+            return (
+                f"its process ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
+            )
+        lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1].removeprefix("error: ")
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self._workdir / ".jax_cache")}
+        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "deltajax.train",
-            *flags,
-            stdout=log,
-            stderr=log,
+            "deltajax.training.sweep_worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
             env=cache | dict(os.environ),
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its members
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its workers
         )
-        if cores:
-            os.sched_setaffinity(process.pid, cores)  # before it counts them, for it imports JAX first
-        try:
-            code = await process.wait()
-        except asyncio.CancelledError:
-            process.send_signal(signal.SIGTERM)
-            await process.wait()
-            raise
-    if code == 0:
-        (folder / "member.json").write_text(json.dumps(serialize.to_json(member.config)))
-        return None
-    lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].removeprefix("error: ") if lines else ""
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else last
+        if self._cores:
+            os.sched_setaffinity(process.pid, self._cores)  # before JAX, not imported yet, counts them
+        return process
+
+    async def close(self) -> None:
+        """Let the run in progress save, and end the process."""
+        if self._process is not None and self._process.returncode is None:
+            assert self._process.stdin
+            self._process.stdin.close()
+            self._process.send_signal(signal.SIGTERM)
+            await self._process.wait()
+        self._process = None
 
 
 def _share(jobs: int) -> list[set[int] | None]:

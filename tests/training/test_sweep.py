@@ -79,11 +79,11 @@ def test_only_what_is_not_complete_is_done_again(swept, monkeypatch, capfd):
     before = (workdir / "results.csv").read_text()
     trained = []
 
-    async def train(member, folder, cores):
+    async def train(worker, member):
         trained.append(member.name)
         return "again"
 
-    monkeypatch.setattr(sweeps, "_train", train)
+    monkeypatch.setattr(sweeps.Worker, "train", train)
     found = sweeps.members(FILE)
     with pytest.raises(Exception, match=r"1 of 3 members failed; the first is group=S3,learning_rate=1e\+30: again"):
         sweeps.run(found, workdir, workdir / "again.csv", bins=3)
@@ -99,13 +99,13 @@ def test_only_what_is_not_complete_is_done_again(swept, monkeypatch, capfd):
 def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch, capfd):
     running = []
 
-    async def train(member, folder, cores):
+    async def train(worker, member):
         running.append(member.name)
         if len(running) == 2:
             raise KeyboardInterrupt
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(sweeps, "_train", train)
+    monkeypatch.setattr(sweeps.Worker, "train", train)
     assert sweep.main(["sweep", f"--config={FILE}", f"--workdir={tmp_path}", "--jobs=2"]) == 1
     assert "interrupted; 0 of 3 members are complete, the same command continues" in capfd.readouterr().err
     assert len(running) == 2

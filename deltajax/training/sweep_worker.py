@@ -1,0 +1,29 @@
+"""A worker of a sweep: reads one run a line from stdin, trains it, answers with its exit code; ends when stdin does."""
+
+import json
+import os
+import signal
+import sys
+
+from deltajax import train
+
+
+def main() -> None:
+    """Everything that a run prints goes to its log; only the answers go to the first stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # between runs; while one is in progress it has its own handler
+    for line in sys.stdin:
+        run = json.loads(line)
+        with open(run["log"], "ab") as log:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+        code = train.main(["train", *run["flags"]])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        print(code, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
