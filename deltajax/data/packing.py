@@ -104,6 +104,25 @@ def best_fit_decreasing(sizes: Int[np.ndarray, "items"], capacity: int) -> Int[n
     return bin_of_item
 
 
+class FullWindows:
+    """Windows that each lie within one document, so that a position in the window is as many tokens of context.
+
+    At most `limit` of them, evenly spaced over all that there are; each a dict as of `PackedWindows`.
+    """
+
+    def __init__(self, documents: Documents, seq_len: int, limit: int):
+        """Pieces shorter than seq_len predictions are left out."""
+        predictions = documents.lengths - 1
+        self._all = PackedWindows(documents, seq_len, predictions - predictions % seq_len)
+        self._size = min(limit, len(self._all))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: SupportsIndex) -> Window:
+        return self._all[index.__index__() * len(self._all) // self._size]
+
+
 class PackedWindows:
     """The windows of a set of documents, as a random-access source for Grain.
 
@@ -114,10 +133,11 @@ class PackedWindows:
       weights: float32, 1 where there is a target, 0 in the padding.
     """
 
-    def __init__(self, documents: Documents, seq_len: int):
+    def __init__(self, documents: Documents, seq_len: int, predictions: Int[np.ndarray, "documents"] | None = None):
+        """`predictions` of each document, from its beginning; default all."""
         self._documents = documents
         self._seq_len = seq_len
-        self._plan = plan_windows(documents.lengths - 1, seq_len)
+        self._plan = plan_windows(documents.lengths - 1 if predictions is None else predictions, seq_len)
 
     def __len__(self) -> int:
         return len(self._plan.first) - 1

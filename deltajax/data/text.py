@@ -10,8 +10,9 @@ from jaxtyping import Int
 
 from deltajax.data import documents, shards
 from deltajax.data.loader import Dataset
-from deltajax.data.packing import Documents, PackedWindows
+from deltajax.data.packing import Documents, FullWindows, PackedWindows
 from deltajax.data.tokenizer import Tokenizer, load_tokenizer
+from deltajax.errors import check_integers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Config:
       batch_size: windows per global batch, >= 1.
       seed: of the order of the windows, in [0, 2**32).
       validation_fraction: expected part of the documents that is held out, in (0, 1).
+      lengths: evaluation sets `length_<n>`, scored when the run ends: windows of n predictions within one held-out
+        document each, for the loss by position.
+      evaluation_windows: in each of these at most.
 
     Raises:
       ValueError: a field is out of its range.
@@ -36,6 +40,8 @@ class Config:
     batch_size: int = 16
     seed: int = 0
     validation_fraction: float = 0.05
+    lengths: tuple[int, ...] = ()
+    evaluation_windows: int = 128
 
     def __post_init__(self):
         """Check every field."""
@@ -47,6 +53,10 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
                 raise ValueError(f"{name}: got {value!r}; allowed: an integer in [{low}, {high})")
+        check_integers(self, 1, "evaluation_windows")
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        if any(type(n) is not int or n < 1 for n in self.lengths):
+            raise ValueError(f"lengths: got {self.lengths!r}; allowed: integers >= 1")
         value = self.validation_fraction
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise ValueError(f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded")
@@ -74,7 +84,13 @@ def load(config: Config) -> Dataset:
                 f"corpus: {config.corpus!r} has no text in its {split} split at validation_fraction = "
                 f"{config.validation_fraction}; allowed: a corpus with text in both (files are drawn whole)"
             )
+    evaluations = {f"length_{n}": FullWindows(validation, n, config.evaluation_windows) for n in config.lengths}
+    for name, windows in evaluations.items():
+        if not len(windows):
+            longest = int(np.max(validation.lengths - 1))
+            raise ValueError(f"lengths: {name} is longer than every held-out document; allowed: up to {longest}")
     return Dataset(
+        evaluations=evaluations,
         train=sources["train"],
         validation=sources["validation"],
         vocab_size=tokenizer.vocab_size,

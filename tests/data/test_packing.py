@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltajax.data.packing import PackedWindows, best_fit_decreasing, plan_windows
+from deltajax.data.packing import FullWindows, PackedWindows, best_fit_decreasing, plan_windows
 from deltajax.data.text import TokensInMemory
 
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=60)
@@ -79,3 +79,19 @@ def test_windows_hold_each_target_once_and_never_across_documents(lengths, seq_l
             assert np.all(np.diff(tokens) == 1) and len(set(tokens // 100)) == 1
         targets.extend(window["targets"][real])
     assert sorted(targets) == [100 * d + t for d, n in enumerate(lengths) for t in range(1, n)]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=25), st.integers(1, 30), st.integers(1, 8))
+def test_full_windows_lie_within_one_document(lengths, seq_len, limit):
+    documents = TokensInMemory([100 * d + np.arange(n) for d, n in enumerate(lengths)])
+    windows = FullWindows(documents, seq_len, limit)
+    assert len(windows) == min(limit, sum((n - 1) // seq_len for n in lengths))
+    seen = set()
+    for window in map(windows.__getitem__, range(len(windows))):
+        start = window["tokens"][0]
+        assert start % 100 % seq_len == 0
+        np.testing.assert_array_equal(window["tokens"], start + np.arange(seq_len))
+        np.testing.assert_array_equal(window["targets"], window["tokens"] + 1)
+        assert (window["weights"] == 1).all() and (window["segment_ids"] == 1).all()
+        seen.add(int(start))
+    assert len(seen) == len(windows)

@@ -77,5 +77,20 @@ def test_an_unknown_config():
     class Other:
         seed: int = 0
 
-    with pytest.raises(ValueError, match=r"^config: got a Other; allowed: deltajax.data.text.Config$"):
+    with pytest.raises(ValueError, match=r"^config: got a Other; allowed: deltajax.data.text.Config, "):
         data.load(Other())
+
+
+def test_evaluation_at_other_lengths(corpus):
+    config = data.Config(
+        corpus=corpus, seq_len=64, batch_size=4, validation_fraction=0.3, lengths=(128, 256), evaluation_windows=5
+    )
+    dataset = data.load(config)
+    assert {name: len(windows) for name, windows in dataset.evaluations.items()} == {"length_128": 5, "length_256": 5}
+    batches = list(dataset.validation_batches(evaluation="length_256"))
+    assert [batch["tokens"].shape for batch in batches] == [(4, 256)] * 2
+    assert sum(batch["weights"].sum() for batch in batches) == 5 * 256
+    with pytest.raises(ValueError, match="length_999999 is longer than every held-out document; allowed: up to"):
+        data.load(dataclasses.replace(config, lengths=(999999,)))
+    with pytest.raises(ValueError, match="lengths: got"):
+        dataclasses.replace(config, lengths=(0,))
