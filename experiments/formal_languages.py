@@ -7,6 +7,7 @@ from deltajax.layers import attention, delta
 from deltajax.layers import mixer as mixer_lib
 from deltajax.models import lm
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
+from deltajax.training.reports import Claim, Curves, Report, Table
 
 Mixer = Literal["deltanet", "deltanet_negative", "deltaproduct", "gated_deltaproduct", "attention"]
 
@@ -66,3 +67,83 @@ def get_grid(size: Literal["paper", "small"] = "small") -> list[dict[str, list]]
     return [
         {"task": [task], "mixer": mixers, "config.seed": [0, 1, 2]} for task in ("parity", "arithmetic", "brackets")
     ]
+
+
+def get_report() -> Report:
+    """What `python -m deltajax.report` shows of `small`."""
+    names = {
+        "deltanet": "DeltaNet, beta in (0, 1)",
+        "deltanet_negative": "DeltaNet, beta in (0, 2)",
+        "deltaproduct": "DeltaProduct, R = 2",
+        "gated_deltaproduct": "Gated DeltaProduct, R = 2",
+        "attention": "softmax attention",
+    }
+
+    def at_end(mixer: str) -> dict:
+        return {"task": "parity", "mixer": mixer, "position": 240}
+
+    return Report(
+        title="Formal languages: parity and modular arithmetic",
+        text=TEXT,
+        claims=[
+            Claim(
+                "Parity: accuracy 1.0 at 6 times the training length with beta in (0, 2), chance with beta in (0, 1).",
+                {"(0, 2)": at_end("deltanet_negative"), "(0, 1)": at_end("deltanet")},
+                lambda two, one: two >= 0.9995 and abs(one - 0.5) < 0.05,
+            ),
+        ],
+        tables=[
+            Table(
+                "Scaled accuracy (0: random guess, 1: perfect) over all lengths up to 240, trained up to 40.",
+                ["task", "mixer"],
+                [],
+                where={"set": ["length_241", "length_257"]},
+                scaled=True,
+                published=PUBLISHED,
+                labels=names,
+            ),
+            Table(
+                "Accuracy of the 8 lengths up to each.",
+                ["task", "mixer"],
+                ["position"],
+                where={"position": [40, 80, 160, 240]},
+                labels={**names, "position": "length"},
+            ),
+        ],
+        figures=[
+            Curves(
+                "length",
+                "Accuracy by position: median and range over seeds; 8 positions a point.",
+                "position",
+                "accuracy",
+                ["mixer"],
+                panel=["task"],
+                marks={40: "training length"},
+                labels=names,
+            )
+        ],
+        notes=NOTES,
+    )
+
+
+TEXT = """
+Claim (arXiv 2411.12537, table 2): parity needs negative eigenvalues, that is step sizes in (0, 2); modular arithmetic
+without brackets too; with brackets none of the models does well.
+
+Command: `python -m deltajax.sweep --config=experiments/formal_languages.py --jobs=2 --csv=docs/results/formal_languages.csv`
+"""
+PUBLISHED = {
+    "parity, deltanet": "0.017",
+    "parity, deltanet_negative": "1.000",
+    "arithmetic, deltanet": "0.314",
+    "arithmetic, deltanet_negative": "0.971",
+    "brackets, deltanet": "0.194",
+    "brackets, deltanet_negative": "0.260",
+}
+NOTES = [
+    "The paper's figures are the best of 3 on strings of 40 to 256 symbols; ours count every length up to 240 alike.",
+    "`paper` (2 layers, 3 for the arithmetics, 4 heads, width 128, batches of 1024, 100,000 steps, one answer per string) was "
+    "not run.",
+    "`small` differs: parity in one layer without convolution, the arithmetics modulo 3 in two layers; width 64, batches of "
+    "64, Muon, 300 and 1,000 steps; the answer is asked for after every prefix that has one, except with brackets.",
+]

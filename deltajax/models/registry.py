@@ -17,9 +17,14 @@ every step and microbatch (None in evaluation); statistics come back changed onl
 
 from typing import Any
 
-from deltajax.models import efficientnet, lm, resnet
+from deltajax.models import autoencoder, efficientnet, lm, resnet
 
-MODELS: dict[type, Any] = {lm.Config: lm, resnet.Config: resnet, efficientnet.Config: efficientnet}
+MODELS: dict[type, Any] = {
+    lm.Config: lm,
+    autoencoder.Config: autoencoder,
+    resnet.Config: resnet,
+    efficientnet.Config: efficientnet,
+}
 
 
 def module_of(config: Any) -> Any:

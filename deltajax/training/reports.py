@@ -64,7 +64,7 @@ class Table:
       rows, columns: settings that make the rows and columns.
       metric: what is shown.
       where: which rows of the data.
-      published: name of a row (its values joined by ", ") -> what the paper has, shown in a last column.
+      published: the values of a row, as the sweep's table has them and joined by ", " -> what the paper has.
       scaled: show (accuracy - chance) / (1 - chance).
       better: which value is the best.
       labels: value of a column -> how it is written.
@@ -193,7 +193,8 @@ def draw(figure: Curves, rows: Sequence[Row], path: Path) -> None:
             points = sorted((float(x), values) for (x,), values in group(of_line, [figure.x]).items())
             if points:
                 xs, values = zip(*points, strict=True)
-                style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+                style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+                style["linewidth"] = 4 - 3 * i / max(len(names) - 1, 1)  # curves that coincide are all seen
                 axis.plot(
                     xs, [statistics.median(v) for v in values], label=_name(figure.line, name, figure.labels), **style
                 )
@@ -249,7 +250,7 @@ def tabulate(table: Table, rows: Sequence[Row]) -> str:
     columns = list(group(chosen, table.columns)) or [()]
     cells = group(chosen, [*table.rows, *table.columns])
     guesses = {line: 0.0 if table.scaled else statistics.median(x) for line, x in _chances(chosen, chance, table.rows)}
-    head = [" ".join(table.labels.get(c, c) for c in table.rows)]
+    head = [", ".join(table.labels.get(c, c) for c in table.rows)]
     head += [_name(table.columns, column, table.labels) or table.metric for column in columns]
     head += ["random guess"] * bool(guesses) + ["paper"] * bool(table.published)
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -257,7 +258,7 @@ def tabulate(table: Table, rows: Sequence[Row]) -> str:
         name = _name(table.rows, line, table.labels)
         cols = [name, *(_cell(cells.get((*line, *column), []), table.better) for column in columns)]
         cols += [f"{guesses[line]:.3f}" if line in guesses else ""] * bool(guesses)
-        cols += [table.published.get(name, "")] * bool(table.published)
+        cols += [table.published.get(", ".join(line), "")] * bool(table.published)
         out.append("| " + " | ".join(cols) + " |")
     return "\n".join(out)
 

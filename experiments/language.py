@@ -1,0 +1,149 @@
+"""Language modelling at equal parameters and tokens: loss, and loss by position to 8 times the training context."""
+
+import dataclasses
+from typing import Literal
+
+from deltajax import data
+from deltajax.layers import attention, delta
+from deltajax.layers import mixer as mixer_lib
+from deltajax.models import lm
+from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
+from deltajax.training.reports import Curves, Report, Table
+
+Model = Literal[
+    "transformer",
+    "deltanet",
+    "gated_deltanet",
+    "deltaproduct_2",
+    "deltaproduct_3",
+    "deltanet_window",
+    "deltanet_global",
+]
+NAMES = {
+    "transformer": "Transformer++",
+    "deltanet": "DeltaNet",
+    "gated_deltanet": "Gated DeltaNet",
+    "deltaproduct_2": "Gated DeltaProduct, R = 2",
+    "deltaproduct_3": "Gated DeltaProduct, R = 3",
+    "deltanet_window": "DeltaNet + sliding window",
+    "deltanet_global": "DeltaNet + 2 global layers",
+}
+
+
+def get_config(size: Literal["paper", "small"] = "small", model: Model = "deltanet") -> TrainConfig:
+    """The standard library of the running Python, byte by byte (`paper`: give --config.data.corpus and a tokenizer)."""
+    d_model, layers, head_dim = {"paper": (1024, 24, 128), "small": (64, 4, 16)}[size]
+    seq_len = {"paper": 2048, "small": 128}[size]
+    heads = d_model // head_dim
+    mixers: dict[str, mixer_lib.Config] = {
+        "transformer": attention.Config(heads, head_dim),
+        "window": attention.Config(heads, head_dim, window=seq_len // 2),
+        "deltanet": delta.deltanet(heads, head_dim),
+        "gated_deltanet": delta.gated_deltanet(heads, head_dim),
+        "deltaproduct_2": delta.gated_deltaproduct(heads, head_dim, num_householder=2),
+        "deltaproduct_3": delta.gated_deltaproduct(heads, head_dim, num_householder=3),
+    }
+    pattern: tuple[str, ...] = (model,) * layers
+    if model == "deltanet_window":
+        pattern = ("deltanet", "window") * (layers // 2)
+    if model == "deltanet_global":
+        pattern = tuple("transformer" if i in (1, layers // 2) else "deltanet" for i in range(layers))
+    config = lm.Config(
+        vocab_size={"paper": 32000, "small": 257}[size],
+        d_model=d_model,
+        pattern=pattern,
+        mixers={name: mixers[name] for name in sorted(set(pattern))},
+        dtype="bfloat16" if size == "paper" else "float32",
+        remat="full" if size == "paper" else "none",
+    )
+    reference = dataclasses.replace(
+        config, pattern=("transformer",) * layers, mixers={"transformer": mixers["transformer"]}
+    )
+    missing = lm.num_params(reference) - lm.num_params(config)
+    steps = {"paper": 30_000, "small": 400}[size]
+    return TrainConfig(
+        model=dataclasses.replace(config, mlp_dim=config.hidden_dim + round(missing / (3 * d_model * layers))),
+        data=data.Config(
+            seq_len=seq_len,
+            batch_size={"paper": 256, "small": 16}[size],
+            validation_fraction=0.02,
+            lengths=(8 * seq_len,),
+            evaluation_windows={"paper": 512, "small": 64}[size],
+        ),
+        steps=steps,
+        optimizer={
+            "paper": Optimizer(learning_rate=3e-4),
+            "small": Optimizer(name="muon", learning_rate=1e-2),
+        }[size],
+        schedule=Schedule(warmup_steps={"paper": 1000, "small": 20}[size], final_fraction=0.05),
+        checkpoint=Checkpoint(every=steps),
+        evaluation=Evaluation(every=steps, batches=64),
+    )
+
+
+def get_grid(size: Literal["paper", "small"] = "small") -> dict[str, list]:
+    """Every model, the first seeds of all before the second."""
+    return {"config.seed": [0, 1, 2] if size == "small" else [0], "model": list(NAMES)}
+
+
+def get_report() -> Report:
+    """What `python -m deltajax.report` shows of `small`."""
+    return Report(
+        title="Language modelling at equal parameters and tokens",
+        text=TEXT,
+        tables=[
+            Table(
+                "Loss on the validation split, nats per byte.",
+                ["model"],
+                [],
+                metric="loss",
+                where={"set": "validation"},
+                better="low",
+                published=PUBLISHED,
+                labels=NAMES,
+            ),
+            Table(
+                "Loss in windows of 1024 bytes, the 32 bytes up to each position; trained on 128.",
+                ["model"],
+                ["position"],
+                metric="loss",
+                where={"position": [32, 128, 256, 512, 1024]},
+                better="low",
+                labels=NAMES,
+            ),
+            Table("Parameters.", ["model"], [], metric="parameters", labels=NAMES),
+        ],
+        figures=[
+            Curves(
+                "position",
+                "Loss by position: median and range over seeds; 32 positions a point.",
+                "position",
+                "loss",
+                ["model"],
+                marks={128: "training context"},
+                log="x",
+                labels=NAMES,
+            )
+        ],
+        notes=NOTES,
+    )
+
+
+TEXT = """
+Claim (arXiv 2406.06484, 2412.06464, 2502.10297): at equal size and tokens DeltaNet equals Transformer++, hybrids and gates
+are better than either, more Householder steps help, and gated models extrapolate best to longer contexts.
+
+Command: `python -m deltajax.sweep --config=experiments/language.py --jobs=2 --csv=docs/results/language.csv`
+"""
+PUBLISHED = {
+    "transformer": "28.39",
+    "deltanet": "28.24",
+    "deltanet_window": "27.06",
+    "deltanet_global": "27.51",
+}
+NOTES = [
+    "The paper's figures are WikiText perplexities of 340M parameters and 15B tokens of SlimPajama; ours are of 0.2 million "
+    "parameters and 0.8 million bytes of Python's standard library: only the order can be compared, and it need not agree.",
+    "`paper` was not run. Its corpus must be given (`--config.data.corpus`, `--config.data.tokenizer`).",
+    "Parameters are made equal by the width of the feed-forward layers.",
+]

@@ -1,0 +1,75 @@
+"""Associative recall (MQAR): the delta rule against sums, attention and hybrids (arXiv 2312.04927, 2406.06484)."""
+
+from typing import Literal
+
+from deltajax.data import mqar
+from deltajax.layers import attention, delta, linear_attention
+from deltajax.layers import mixer as mixer_lib
+from deltajax.models import lm
+from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
+
+Mixer = Literal["linear_attention", "deltanet", "gated_deltanet", "deltaproduct", "attention", "hybrid"]
+
+
+def get_config(
+    size: Literal["paper", "small"] = "small", mixer: Mixer = "deltanet", d_model: int = 64, pairs: int = 16
+) -> TrainConfig:
+    """Two layers; trained on `pairs` pairs, tested on as many, and on two and four times as many in longer sequences."""
+    seq_len = {"paper": 256, "small": 4 * pairs}[size]
+    data = mqar.Config(
+        seq_len=seq_len,
+        pairs=pairs,
+        min_pairs={"paper": min(4, pairs), "small": None}[size],
+        vocab_size={"paper": 8192, "small": 256}[size],
+        batch_size={"paper": 256, "small": 64}[size],
+        train_examples={"paper": 100_000, "small": None}[size],
+        validation_examples=256,
+        lengths=(seq_len, 2 * seq_len, 4 * seq_len),
+        evaluation_examples=256,
+    )
+    # One head as wide as the model, so that width is the size of the state, as in the papers.
+    mixers: dict[str, mixer_lib.Config] = {
+        "linear_attention": linear_attention.Config(1, d_model),
+        "deltanet": delta.deltanet(1, d_model),
+        "gated_deltanet": delta.gated_deltanet(1, d_model),
+        "deltaproduct": delta.deltaproduct(1, d_model),
+        "attention": attention.Config(1, d_model),
+    }
+    pattern = ("deltanet", "attention") if mixer == "hybrid" else (mixer, mixer)
+    steps = {"paper": 64 * 100_000 // 256, "small": 600}[size]
+    return TrainConfig(
+        model=lm.Config(
+            vocab_size=data.vocab_size,
+            d_model=d_model,
+            pattern=pattern,
+            mixers={name: mixers[name] for name in sorted(set(pattern))},
+            mlp_dim={"paper": None, "small": 64}[size],
+            tie_embeddings=False,
+        ),
+        data=data,
+        steps=steps,
+        optimizer={
+            "paper": Optimizer(learning_rate=3e-3),
+            "small": Optimizer(name="muon", learning_rate=1e-2, weight_decay=0),
+        }[size],
+        schedule=Schedule(warmup_steps=50, final_fraction=0.02),
+        checkpoint=Checkpoint(every=steps),
+        evaluation=Evaluation(every=min(steps, 200)),
+        log_every=50,
+    )
+
+
+def get_grid(size: Literal["paper", "small"] = "small") -> list[dict[str, list]]:
+    """The delta rule and sums first, then everything else; then other widths and numbers of pairs."""
+    seeds = [0, 1, 2]
+    rest = ["gated_deltanet", "attention", "hybrid", "deltaproduct"]
+    if size == "paper":
+        mixers = ["deltanet", "linear_attention", *rest]
+        return [{"d_model": [64, 128, 256], "pairs": [64], "mixer": mixers, "config.seed": seeds}]
+    return [
+        {"d_model": [32], "pairs": [16], "mixer": ["deltanet", "linear_attention"], "config.seed": seeds},
+        {"d_model": [32], "pairs": [16], "mixer": rest, "config.seed": seeds},
+        {"d_model": [64], "pairs": [16], "mixer": ["deltanet", "linear_attention"], "config.seed": seeds},
+        {"d_model": [32], "pairs": [8], "mixer": ["deltanet", "linear_attention"], "config.seed": seeds},
+        {"d_model": [64], "pairs": [16], "mixer": rest, "config.seed": seeds},
+    ]
