@@ -91,6 +91,14 @@ def get_report() -> Report:
                 {"(0, 2)": at_end("deltanet_negative"), "(0, 1)": at_end("deltanet")},
                 lambda two, one: two >= 0.9995 and abs(one - 0.5) < 0.05,
             ),
+            Claim(
+                "Modular arithmetic without brackets: beta in (0, 2) is more accurate than beta in (0, 1) on strings up to 240.",
+                {
+                    name: {"task": "arithmetic", "mixer": mixer, "set": "length_241"}
+                    for name, mixer in (("(0, 2)", "deltanet_negative"), ("(0, 1)", "deltanet"))
+                },
+                lambda two, one: two > one + 0.05,
+            ),
         ],
         tables=[
             Table(

@@ -203,9 +203,7 @@ def draw(figure: Curves, rows: Sequence[Row], path: Path) -> None:
                 )
         for x, label in figure.marks.items():
             axis.axvline(x, color="gray", linewidth=0.8, linestyle=":")
-            axis.annotate(
-                label, (x, 1), xycoords=("data", "axes fraction"), fontsize=7, rotation=90, va="top", ha="right"
-            )
+            axis.annotate(label, (x, 0.03), xycoords=("data", "axes fraction"), fontsize=7, rotation=90, ha="right")
         for label, y in figure.levels.items():
             axis.axhline(y, color="gray", linewidth=0.8, linestyle="--", label=label)
         axis.set(xlabel=figure.x, title=_name(figure.panel, panel, figure.labels))
@@ -313,7 +311,8 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
 
 HEAD = """# Results
 
-Written by `python -m deltajax.report` from the tables in `docs/results`, each of which one command made; do not edit.
+Written by `python -m deltajax.report` from the tables in `docs/results`, each of which one command made; do not edit. Where a
+section says nothing else, its runs are the `small` ones, on 2 CPU cores of a shared machine.
 """
 
 
