@@ -1,4 +1,4 @@
-"""The weight matrix of a linear map without bias."""
+"""The parameters of a linear map."""
 
 import jax
 
@@ -12,3 +12,8 @@ def spec(fan_in: int, fan_out: int, in_axis: str | None, out_axis: str | None, s
         return scale * fan_in**-0.5 * jax.random.normal(key, shape, dtype)
 
     return ParamSpec((fan_in, fan_out), (in_axis, out_axis), init)
+
+
+def bias_spec(dim: int, axis: str | None) -> ParamSpec:
+    """A bias [dim] that starts at 0."""
+    return ParamSpec((dim,), (axis,), jax.nn.initializers.zeros, weight_decay=False)

@@ -17,6 +17,7 @@ from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, count_params, init_params, stack_specs
 from deltajax.models.losses import cross_entropies, cross_entropy_sums
 from deltajax.ops.over_mesh import lay_out
+from deltajax.ops.taps import tag
 
 
 class FrozenMapping(Mapping):
@@ -257,7 +258,7 @@ def hidden(
 
 
 def _unit(config: Config, unit: tuple[str, ...], segment_ids: Array | None, x: Array, layers: tuple) -> tuple:
-    """Pre-norm layers: x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm layers: x + mixer(norm(x)), then x + mlp(norm(x)), which is tagged "residual" (see `ops.taps`)."""
     params, state = layers
     x = lay_out(x, "BT.")
     new_state = {}
@@ -271,5 +272,5 @@ def _unit(config: Config, unit: tuple[str, ...], segment_ids: Array | None, x: A
             state=None if state is None else state[str(i)],
         )
         x = x + y
-        x = x + mlp.apply(p["mlp"], rms_norm(x, p["mlp_norm"], config.norm_eps))
+        x = tag(x + mlp.apply(p["mlp"], rms_norm(x, p["mlp_norm"], config.norm_eps)), "residual")
     return x, new_state

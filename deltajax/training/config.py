@@ -133,6 +133,28 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Probes:
+    """Statistics of every block's residual output, read off training steps into `activations.csv`.
+
+    Attributes:
+      every: after steps 0, 1, 2, 4, 8 ... and then all multiples of this (Pythia's checkpoints: 1000); None: never.
+      sequences: of the batch (of each microbatch) that are looked at, the first ones.
+    """
+
+    every: int | None = None
+    sequences: int = 10
+
+    def __post_init__(self):
+        """Check ranges."""
+        require(self.every is None or self.every >= 1, "every", self.every, ">= 1 or none")
+        _require_all(self, ">= 1", lambda x: x >= 1, "sequences")
+
+    def due(self, step: int) -> bool:
+        """Whether the activations of the parameters after `step` updates are wanted."""
+        return self.every is not None and (step % self.every == 0 or (step < self.every and step & (step - 1) == 0))
+
+
+@dataclasses.dataclass(frozen=True)
 class NonFinite:
     """A non-finite loss or gradient norm skips the update; the run aborts after more skips than these."""
 
@@ -192,6 +214,7 @@ class TrainConfig:
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     nonfinite: NonFinite = NonFinite()
+    probes: Probes = Probes()
     log_every: int = 10
     prompt: str = ""
     sampling: Sampling = Sampling()

@@ -18,8 +18,8 @@ from deltajax import data
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
 from deltajax.models import registry
+from deltajax.training import activation_log, metrics, optimizer, sampling, serialize
 from deltajax.training import mesh as mesh_lib
-from deltajax.training import metrics, optimizer, sampling, serialize
 from deltajax.training.checkpoint import Checkpoints, lock
 from deltajax.training.config import TrainConfig
 from deltajax.training.step import Step, TrainState
@@ -59,17 +59,23 @@ def make_step(config: TrainConfig) -> Step:
     mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
     mesh_lib.check_sequence(getattr(config.data, "seq_len", None), mesh)
     return _make_step(
-        config.model, config.optimizer, config.schedule, config.steps, config.mesh, config.grad_accumulation
+        config.model,
+        config.optimizer,
+        config.schedule,
+        config.steps,
+        config.mesh,
+        config.grad_accumulation,
+        config.probes.sequences,
     )
 
 
 @functools.lru_cache(maxsize=1)  # a process that trains several seeds one after the other compiles once
-def _make_step(model, optimizer_config, schedule_config, steps, mesh_config, grad_accumulation) -> Step:
+def _make_step(model, optimizer_config, schedule_config, steps, mesh_config, grad_accumulation, sequences) -> Step:
     mesh = mesh_lib.make_mesh(mesh_config)
     schedule = optimizer.make_schedule(schedule_config, optimizer_config.learning_rate, steps)
     specs = registry.module_of(model).param_specs(model)
     tx = optimizer.make_optimizer(optimizer_config, schedule, specs)
-    return Step(model, tx, schedule, mesh, grad_accumulation)
+    return Step(model, tx, schedule, mesh, grad_accumulation, sequences)
 
 
 class Run:
@@ -103,6 +109,7 @@ class Run:
             parameters = count_params(step.abstract.params)
             print(f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s)")
         self.writer = metrics.Writer(workdir, self.step)
+        self.activations = activation_log.Writer(workdir, self.step)
         self.progress = metrics.Progress(self.step, config.steps)
         self._clock, self._weight = time.perf_counter(), 0.0
 
@@ -110,27 +117,31 @@ class Run:
         """Close files and bar."""
         self.progress.close()
         self.writer.close()
+        self.activations.close()
 
     def train(self) -> None:
         """Loop in a fixed order: a checkpoint of step N follows the rows of step N, so a resumed run has them all."""
         config = self.config
-        unread = None
+        unread: Any = None
         with _StopRequest() as stop:
             while self.step < config.steps:
                 # 1. Dispatch the next step; nothing may move between host and device unasked.
                 with jax.transfer_guard("disallow"):
                     batch = self.compiled.put(next(self.iterator))
-                    self.state, values = self.compiled.train(self.state, batch)
+                    if config.probes.due(self.step):
+                        self.state, *values = self.compiled.train_probed(self.state, batch)
+                    else:
+                        self.state, *values = self.compiled.train(self.state, batch)
                 # 2. While it computes, read the step before.
                 if unread is not None:
-                    self._report(self.step, unread)
+                    self._report(self.step, *unread)
                 self.step, unread = self.step + 1, values
                 last = self.step == config.steps
                 evaluate = last or self.step % config.evaluation.every == 0
                 save = last or self.step % config.checkpoint.every == 0
                 # 3. Evaluate and save, after this step's own row.
                 if evaluate or save or stop.signal is not None:
-                    streak = self._report(self.step, unread)
+                    streak = self._report(self.step, *unread)
                     unread = None
                     loss = self._evaluate() if evaluate else None
                     stopping = stop.signal is not None and not last
@@ -174,8 +185,12 @@ class Run:
         os.replace(temporary, self.workdir / "summary.json")
         self.progress.say(f"The run in {self.workdir} is complete: {_describe(result)}.")
 
-    def _report(self, step: int, values: dict[str, jax.Array]) -> float:
-        """Write and show a step's metrics; returns for how many steps no update was finite, and aborts past the limit."""
+    def _report(self, step: int, values: dict[str, jax.Array], seen: dict[str, jax.Array] | None = None) -> float:
+        """Write a step's metrics and what probes saw, and show them; abort past the limit of updates that were not finite.
+
+        Returns:
+          For how many steps no update was finite.
+        """
         row = {k: float(v) for k, v in jax.device_get(values).items()}
         limits = self.config.nonfinite
         if row["streak"] > limits.max_consecutive or row["skipped"] > limits.max_total:
@@ -186,6 +201,8 @@ class Run:
                 f"{row['skipped']:.0f} in all were skipped (allowed: {limits.max_consecutive} and {limits.max_total}); "
                 + self.kept()
             )
+        if seen is not None:
+            self.activations.write(step - 1, jax.device_get(seen))
         self._weight += row.pop("weight")
         if step % self.config.log_every and step not in (1, self.config.steps):
             return row["streak"]

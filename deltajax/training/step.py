@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from deltajax.models import registry
+from deltajax.ops import taps
+from deltajax.ops.activation_statistics import activation_statistics
 from deltajax.training import mesh as mesh_lib
 
 Batch = dict[str, Array]  # as the model's `loss_sums` takes it; the first axis of each array is the batch
@@ -46,20 +48,36 @@ class TrainState:
 
 
 def gradients(
-    params: Any, stats: Any, model: Any, batch: Batch, key: PRNGKeyArray, microbatches: int
-) -> tuple[Any, Sums, Any]:
-    """(gradient of the mean loss, the model's sums, its statistics) over the whole global batch.
+    params: Any,
+    stats: Any,
+    model: Any,
+    batch: Batch,
+    key: PRNGKeyArray,
+    microbatches: int,
+    probes: Mapping[str, taps.Probe] | None = None,
+) -> tuple[Any, Sums, Any, dict[str, Any]]:
+    """(gradient of the mean loss, the model's sums, its statistics, what probes saw) over the whole global batch.
 
     Sums are accumulated over microbatches and divided once, so the result does not depend on how weights are spread.
+
+    Args:
+      probes: tag -> probe (see `ops.taps`), on the activations of this very forward pass; a probe's arrays are [B] each, and come
+        back as [places, B].
     """
 
     def loss(params, stats, batch, key):
-        sums, stats = registry.module_of(model).loss_sums(params, stats, model, batch, key=key, train=True)
-        return sums["loss"], (sums, stats)
+        def sums_of(params, stats, batch):
+            return registry.module_of(model).loss_sums(params, stats, model, batch, key=key, train=True)
+
+        if not probes:
+            sums, stats = sums_of(params, stats, batch)
+            return sums["loss"], (sums, stats, {})
+        (sums, stats), seen = taps.capture(sums_of, probes)(params, stats, batch)
+        return sums["loss"], (sums, stats, seen)
 
     differentiate = jax.grad(loss, has_aux=True)
     if microbatches == 1:
-        grads, (sums, stats) = differentiate(params, stats, batch, key)
+        grads, (sums, stats, seen) = differentiate(params, stats, batch, key)
     else:
         # Every microbatch takes rows from every device's block, so splitting moves no data.
         split = {k: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
@@ -67,13 +85,16 @@ def gradients(
         def accumulate(carry, x):
             total, stats = carry
             microbatch, n = x
-            grads, (sums, stats) = differentiate(params, stats, microbatch, jax.random.fold_in(key, n))
-            return (jax.tree.map(jnp.add, total, (grads, sums)), stats), None
+            grads, (sums, stats, seen) = differentiate(params, stats, microbatch, jax.random.fold_in(key, n))
+            return (jax.tree.map(jnp.add, total, (grads, sums)), stats), seen
 
-        shapes, (sums_shape, _) = jax.eval_shape(differentiate, params, stats, {k: x[0] for k, x in split.items()}, key)
+        shapes, (sums_shape, _, _) = jax.eval_shape(
+            differentiate, params, stats, {k: x[0] for k, x in split.items()}, key
+        )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, sums_shape))
-        ((grads, sums), stats), _ = jax.lax.scan(accumulate, (zeros, stats), (split, jnp.arange(microbatches)))
-    return jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1), grads), sums, stats
+        ((grads, sums), stats), seen = jax.lax.scan(accumulate, (zeros, stats), (split, jnp.arange(microbatches)))
+        seen = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1), seen)
+    return jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1), grads), sums, stats, seen
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +111,8 @@ class Step:
       abstract: TrainState of jax.ShapeDtypeStructs with those shardings.
       init: seed -> TrainState.
       train: (state, batch) -> (state, metrics); consumes the state it is given. Metrics are float32 scalars.
+      train_probed: the same step, which also returns statistics of the residual stream after every block, of the activations of
+        this very pass: `activation_statistics` and "first_token_share" where there is attention, [blocks, sequences] each.
       evaluate: (params, stats, batch) -> the model's sums.
       evaluate_positions: the same with an axis of positions; None: the model's outputs have none.
     """
@@ -101,8 +124,9 @@ class Step:
         schedule: optax.Schedule,
         mesh: jax.sharding.Mesh,
         grad_accumulation: int = 1,
+        probed_sequences: int = 10,
     ):
-        """Nothing is computed before the first call."""
+        """Nothing is computed before the first call; what is never called is never compiled."""
         whole = mesh_lib.replicated(mesh)
         within = functools.partial(mesh_lib.within, mesh)
         self.batch_sharding = mesh_lib.batch_sharding(mesh)
@@ -114,10 +138,17 @@ class Step:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
         self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
+        train = functools.partial(_train, model, optimizer, schedule, grad_accumulation)
         self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = jax.jit(
-            within(functools.partial(_train, model, optimizer, schedule, grad_accumulation)),
+            within(lambda state, batch: train(state, batch)[:2]),
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, whole),
+            donate_argnums=0,
+        )
+        self.train_probed: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], dict[str, Any]]] = jax.jit(
+            within(functools.partial(train, probed_sequences=probed_sequences)),
+            in_shardings=(self.shardings, self.batch_sharding),
+            out_shardings=(self.shardings, whole, whole),
             donate_argnums=0,
         )
         self.evaluate: Callable[[Any, Any, Batch], Sums] = jax.jit(
@@ -157,9 +188,11 @@ def _train(
     grad_accumulation: int,
     state: TrainState,
     batch: Batch,
-) -> tuple[TrainState, dict[str, Array]]:
+    probed_sequences: int = 0,
+) -> tuple[TrainState, dict[str, Array], dict[str, Any]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    grads, sums, stats = gradients(state.params, state.stats, model, batch, key, grad_accumulation)
+    probes, per_block = _probes(model, state, batch, probed_sequences) if probed_sequences else (None, dict)
+    grads, sums, stats, seen = gradients(state.params, state.stats, model, batch, key, grad_accumulation, probes)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -177,7 +210,37 @@ def _train(
         "streak": (state.streak + 1) * skip,
     }
     state = TrainState(params, stats, opt_state, state.rng, state.step + 1, metrics["skipped"], metrics["streak"])
-    return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+    return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics), per_block(seen)
+
+
+def _probes(
+    model: Any, state: TrainState, batch: Batch, sequences: int
+) -> tuple[dict[str, taps.Probe], Callable[[dict[str, Any]], dict[str, Array]]]:
+    """Probes for `gradients`, and what makes of their results arrays [blocks, B]; NaN where a block has no attention."""
+    probes: dict[str, taps.Probe] = {
+        "residual": functools.partial(activation_statistics, sequences=sequences),
+        "first_token_share": lambda share: share[:sequences],
+    }
+
+    def sums_of(params, stats, batch):
+        return registry.module_of(model).loss_sums(params, stats, model, batch, key=jax.random.key(0), train=True)
+
+    tags = taps.tags(sums_of, state.params, state.stats, batch)
+    blocks = tags.count("residual")
+    if not blocks:
+        raise ValueError(f"probes: {type(model).__module__} tags no residual stream")
+    attentive = [tags[:i].count("residual") for i, tag in enumerate(tags) if tag == "first_token_share"]
+
+    def per_block(seen):
+        result = dict(seen["residual"])
+        if attentive:
+            share = seen["first_token_share"]
+            result["first_token_share"] = (
+                jnp.full((blocks, share.shape[1]), jnp.nan).at[jnp.array(attentive)].set(share)
+            )
+        return result
+
+    return {name: probe for name, probe in probes.items() if name in tags}, per_block
 
 
 def _evaluate(model: Any, params: Any, stats: Any, batch: Batch) -> Sums:

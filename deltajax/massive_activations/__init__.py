@@ -1,0 +1,1 @@
+"""Massive activations: measure, fit, predict and control them while a model trains."""

@@ -1,0 +1,54 @@
+"""Statistics against numpy and scipy, and the share of attention against the whole softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from deltajax.ops.activation_statistics import activation_statistics, first_token_share, median, summarise
+
+
+def test_statistics_of_each_sequence():
+    x = np.random.default_rng(0).standard_t(3, (3, 5, 4, 7)).astype(np.float32)
+    x[1, 2, 3, 6] = -1000
+    got = jax.device_get(jax.jit(activation_statistics, static_argnames="sequences")(x, sequences=2))
+    for i in range(2):
+        magnitudes = np.sort(np.abs(x[i]).ravel())
+        np.testing.assert_array_equal([got[f"top{n}"][i] for n in (1, 2, 3)], magnitudes[:-4:-1])
+        assert got["median"][i] == magnitudes[(len(magnitudes) - 1) // 2]
+        assert got["kurtosis"][i] == pytest.approx(scipy.stats.kurtosis(x[i].ravel(), fisher=False), rel=1e-4)
+    assert (got["position"][1], got["channel"][1]) == (2 * 4 + 3, 6)
+    means = summarise(got)
+    assert means["ratio"] == pytest.approx(np.mean(got["top1"]) / np.mean(got["median"]), rel=1e-6)
+    assert (means["position"], means["channel"]) == (11, 6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 1000])
+def test_median(n):
+    x = np.abs(np.random.default_rng(n).normal(size=(4, n)).astype(np.float32))
+    x[1] = 0
+    x[2] = x[2, 0]
+    x[3, : n // 2] = np.inf
+    np.testing.assert_array_equal(jax.jit(median)(x), np.sort(x, -1)[:, (n - 1) // 2])
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_first_token_share(with_sink):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 9, 4, 6))
+    k = jax.random.normal(keys[1], (2, 9, 2, 6))
+    sink = jax.random.normal(keys[2], (2, 6)) if with_sink else None
+    documents = np.array([[0] * 9, [0] * 5 + [1] * 4])
+    visible = np.tril(np.ones((9, 9), bool)) & (documents[:, :, None] == documents[:, None, :])
+    first = np.zeros((2, 9), bool)
+    first[:, 0] = first[1, 5] = True
+    scores = np.einsum("bthk,bshk->bhts", q, np.repeat(k, 2, axis=2)) / np.sqrt(6)
+    scores = np.where(visible[:, None], scores, -np.inf)
+    if sink is not None:
+        extra = np.einsum("bthk,hk->bht", q, np.repeat(sink, 2, axis=0)) / np.sqrt(6)
+        scores = np.concatenate([scores, extra[..., None]], -1)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = (weights[..., :9] * first[:, None, None]).sum(-1).mean((1, 2))
+    got = first_token_share(q, k, jnp.asarray(visible), jnp.asarray(first), sink, queries=9)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
