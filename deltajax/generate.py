@@ -40,7 +40,7 @@ def _generate(values: flags.FlagValues) -> bytes:
 
     from deltajax import data
     from deltajax.layers.param import abstract_params
-    from deltajax.models import lm
+    from deltajax.models import registry
     from deltajax.training import sampling, serialize
     from deltajax.training.checkpoint import Checkpoints, abstract_like
     from deltajax.training.config import Sampling
@@ -55,9 +55,10 @@ def _generate(values: flags.FlagValues) -> bytes:
         try:
             progress = checkpoints.progress(step)
             config = serialize.from_json(progress["config"])
-            if not isinstance(config.model, lm.Config) or not progress["tokenizer"]:
+            module = registry.module_of(config.model)
+            if not hasattr(module, "init_state") or not progress["tokenizer"]:
                 raise ValueError(f"--workdir={values.workdir}: it holds no language model of text")
-            shapes = abstract_like(abstract_params(lm.param_specs(config.model)), device)
+            shapes = abstract_like(abstract_params(module.param_specs(config.model)), device)
             params = checkpoints.restore_params(step, shapes)
             break
         except RunError as error:

@@ -9,6 +9,11 @@ A new model is a file with these names, and a line in `MODELS`:
     loss_sums(params, stats, config, batch, *, key, train) -> (sums, stats)
     position_sums(params, stats, config, batch)     may be absent: the sums of evaluation with an axis of positions kept
 
+and, for language models that shall be able to write (`training.sampling`):
+
+    init_state(config, batch, max_length)
+    apply(params, config, tokens, *, segment_ids, state) -> (logits, state)
+
 `batch` is a dict of arrays whose first axis is the batch, as the task's `Dataset` makes them. `sums` are float32 scalars, each a
 sum over the batch: always "loss" and "weight", and whatever else is worth a column ("accuracy": the weight of what was right).
 The trainer adds them over microbatches and devices, minimises loss / weight and logs each entry over weight. `key` is new in
@@ -17,10 +22,11 @@ every step and microbatch (None in evaluation); statistics come back changed onl
 
 from typing import Any
 
-from deltajax.models import autoencoder, efficientnet, lm, resnet
+from deltajax.models import autoencoder, efficientnet, gpt_neox, lm, resnet
 
 MODELS: dict[type, Any] = {
     lm.Config: lm,
+    gpt_neox.Config: gpt_neox,
     autoencoder.Config: autoencoder,
     resnet.Config: resnet,
     efficientnet.Config: efficientnet,

@@ -9,23 +9,24 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deltajax.data import Tokenizer
-from deltajax.models import lm
+from deltajax.models import registry
 from deltajax.training.config import Sampling
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
 def generate(
-    params: Any, model: lm.Config, prompt: Int[Array, "B T"], key: PRNGKeyArray, sampling: Sampling
+    params: Any, model: Any, prompt: Int[Array, "B T"], key: PRNGKeyArray, sampling: Sampling
 ) -> Int[Array, "B max_tokens"]:
     """`sampling.max_tokens` tokens that follow the prompt (T >= 1, so that there is something to condition on)."""
     batch, length = prompt.shape
-    state: Any = lm.init_state(model, batch, length + sampling.max_tokens)
-    logits, prefilled = lm.apply(params, model, prompt, state=state)
+    functions = registry.module_of(model)
+    state: Any = functions.init_state(model, batch, length + sampling.max_tokens)
+    logits, prefilled = functions.apply(params, model, prompt, state=state)
     first = sample(logits[:, -1], jax.random.fold_in(key, 0), sampling)
 
     def step(carry, i):
         token, state = carry
-        logits, state = lm.apply(params, model, token[:, None], state=state)
+        logits, state = functions.apply(params, model, token[:, None], state=state)
         token = sample(logits[:, 0], jax.random.fold_in(key, i), sampling)
         return (token, state), token
 
@@ -55,7 +56,7 @@ def sample(logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling) -
 
 
 def continue_text(
-    params: Any, model: lm.Config, tokenizer: Tokenizer, prompt: bytes, key: PRNGKeyArray, sampling: Sampling
+    params: Any, model: Any, tokenizer: Tokenizer, prompt: bytes, key: PRNGKeyArray, sampling: Sampling
 ) -> bytes:
     """The prompt (may be empty) and its continuation, up to where the model begins another document."""
     tokens = generate(params, model, jnp.asarray(tokenizer.encode(prompt))[None], key, sampling)
