@@ -1,7 +1,7 @@
 """Massive activations while small models train: a Pythia-shaped family, its cures, and models of the delta rule.
 
-Claim: the ratio of the largest to the median activation follows the five-parameter law of arXiv 2508.03616 in models trained here,
-too; a pure DeltaNet, which has no softmax to dump attention in, is compared with attention at the same size.
+Claim: the ratio of the largest to the median activation follows the five-parameter law of arXiv 2508.03616 in models trained
+here, too; a pure DeltaNet, which has no softmax to dump attention in, is compared with attention at the same size.
 Command: python -m deltajax.sweep --config=experiments/massive_activations.py --jobs=2
          python -m deltajax.massive_activations.study --runs=runs/massive_activations
 Result: deltajax/massive_activations/RESULTS.md

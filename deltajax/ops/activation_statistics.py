@@ -1,11 +1,14 @@
 """Statistics of activations that show massive ones (arXiv 2402.17762, 2508.03616), cheap enough to stand in a training step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from deltajax.ops import taps
 
 _BITS = 31  # of the magnitude of a float32
 
@@ -37,6 +40,36 @@ def activation_statistics(x: Float[Array, "B ... D"], sequences: int | None = No
         "median": median(magnitude),
         "kurtosis": fourth / jnp.maximum(second**2, jnp.finfo(jnp.float32).tiny),
     }
+
+
+def with_statistics(f: Callable, sequences: int | None = None) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """`f`, returning (its result, statistics of what it tags "residual": `activation_statistics`, [blocks, B] each).
+
+    Where it tags "first_token_share" [B] too, as our attention does, that stands beside them; NaN for blocks without attention.
+
+    Args:
+      f: see `taps.capture`; any function of arrays, a Flax module's among them, whose blocks tag their outputs.
+      sequences: as in `activation_statistics`.
+
+    Raises (when the result is called):
+      ValueError: nothing is tagged "residual".
+    """
+
+    def call(*args):
+        tags = taps.tags(f, *args)
+        attentive = [tags[:i].count("residual") for i, tag in enumerate(tags) if tag == "first_token_share"]
+        probes: dict[str, taps.Probe] = {"residual": lambda x: activation_statistics(x, sequences)}
+        if attentive:
+            probes["first_token_share"] = lambda share: share[:sequences]
+        result, seen = taps.capture(f, probes)(*args)
+        statistics = dict(seen["residual"])
+        if attentive:
+            share = seen["first_token_share"]
+            blank = jnp.full((tags.count("residual"), share.shape[1]), jnp.nan)
+            statistics["first_token_share"] = blank.at[jnp.array(attentive)].set(share)
+        return result, statistics
+
+    return call
 
 
 def median(x: Float[Array, "... N"]) -> Float[Array, "..."]:

@@ -12,8 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from deltajax.models import registry
-from deltajax.ops import taps
-from deltajax.ops.activation_statistics import activation_statistics
+from deltajax.ops.activation_statistics import with_statistics
 from deltajax.training import mesh as mesh_lib
 
 Batch = dict[str, Array]  # as the model's `loss_sums` takes it; the first axis of each array is the batch
@@ -54,25 +53,24 @@ def gradients(
     batch: Batch,
     key: PRNGKeyArray,
     microbatches: int,
-    probes: Mapping[str, taps.Probe] | None = None,
-) -> tuple[Any, Sums, Any, dict[str, Any]]:
+    probed_sequences: int = 0,
+) -> tuple[Any, Sums, Any, dict[str, Array]]:
     """(gradient of the mean loss, the model's sums, its statistics, what probes saw) over the whole global batch.
 
     Sums are accumulated over microbatches and divided once, so the result does not depend on how weights are spread.
 
     Args:
-      probes: tag -> probe (see `ops.taps`), on the activations of this very forward pass; a probe's arrays are [B] each, and come
-        back as [places, B].
+      probed_sequences: of each microbatch, for `with_statistics` of the activations of this very forward pass; 0: no probes.
     """
 
     def loss(params, stats, batch, key):
         def sums_of(params, stats, batch):
             return registry.module_of(model).loss_sums(params, stats, model, batch, key=key, train=True)
 
-        if not probes:
+        if not probed_sequences:
             sums, stats = sums_of(params, stats, batch)
             return sums["loss"], (sums, stats, {})
-        (sums, stats), seen = taps.capture(sums_of, probes)(params, stats, batch)
+        (sums, stats), seen = with_statistics(sums_of, probed_sequences)(params, stats, batch)
         return sums["loss"], (sums, stats, seen)
 
     differentiate = jax.grad(loss, has_aux=True)
@@ -112,7 +110,7 @@ class Step:
       init: seed -> TrainState.
       train: (state, batch) -> (state, metrics); consumes the state it is given. Metrics are float32 scalars.
       train_probed: the same step, which also returns statistics of the residual stream after every block, of the activations of
-        this very pass: `activation_statistics` and "first_token_share" where there is attention, [blocks, sequences] each.
+        this very pass: see `with_statistics`, [blocks, sequences] each.
       evaluate: (params, stats, batch) -> the model's sums.
       evaluate_positions: the same with an axis of positions; None: the model's outputs have none.
     """
@@ -191,8 +189,9 @@ def _train(
     probed_sequences: int = 0,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Any]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    probes, per_block = _probes(model, state, batch, probed_sequences) if probed_sequences else (None, dict)
-    grads, sums, stats, seen = gradients(state.params, state.stats, model, batch, key, grad_accumulation, probes)
+    grads, sums, stats, seen = gradients(
+        state.params, state.stats, model, batch, key, grad_accumulation, probed_sequences
+    )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -210,37 +209,7 @@ def _train(
         "streak": (state.streak + 1) * skip,
     }
     state = TrainState(params, stats, opt_state, state.rng, state.step + 1, metrics["skipped"], metrics["streak"])
-    return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics), per_block(seen)
-
-
-def _probes(
-    model: Any, state: TrainState, batch: Batch, sequences: int
-) -> tuple[dict[str, taps.Probe], Callable[[dict[str, Any]], dict[str, Array]]]:
-    """Probes for `gradients`, and what makes of their results arrays [blocks, B]; NaN where a block has no attention."""
-    probes: dict[str, taps.Probe] = {
-        "residual": functools.partial(activation_statistics, sequences=sequences),
-        "first_token_share": lambda share: share[:sequences],
-    }
-
-    def sums_of(params, stats, batch):
-        return registry.module_of(model).loss_sums(params, stats, model, batch, key=jax.random.key(0), train=True)
-
-    tags = taps.tags(sums_of, state.params, state.stats, batch)
-    blocks = tags.count("residual")
-    if not blocks:
-        raise ValueError(f"probes: {type(model).__module__} tags no residual stream")
-    attentive = [tags[:i].count("residual") for i, tag in enumerate(tags) if tag == "first_token_share"]
-
-    def per_block(seen):
-        result = dict(seen["residual"])
-        if attentive:
-            share = seen["first_token_share"]
-            result["first_token_share"] = (
-                jnp.full((blocks, share.shape[1]), jnp.nan).at[jnp.array(attentive)].set(share)
-            )
-        return result
-
-    return {name: probe for name, probe in probes.items() if name in tags}, per_block
+    return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics), seen
 
 
 def _evaluate(model: Any, params: Any, stats: Any, batch: Batch) -> Sums:
