@@ -11,8 +11,9 @@ import csv
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -165,8 +166,6 @@ def of_checkpoints(
     """
     from deltajax import data  # here, so that Ctrl-C while JAX is imported is one line too
     from deltajax.interop import gpt_neox as interop
-    from deltajax.massive_activations.measure import measurer
-    from deltajax.models import gpt_neox
 
     paths = steps_of(folder)
     name = tokenizer or str(next(iter(paths.values())) / "tokenizer.json")
@@ -180,11 +179,17 @@ def of_checkpoints(
         if tokens.max() >= config.vocab_size:
             raise ValueError(f"{path}: token {tokens.max()} is not below its vocab_size = {config.vocab_size}")
         if measure is None or config != measured:
-            measured, measure = (
-                config,
-                measurer(lambda params, config=config: gpt_neox.apply(params, config, tokens)[0]),
-            )
+            measured, measure = config, _measurer(config, tokens)
         yield step, measure(params)
+
+
+def _measurer(config: Any, tokens: np.ndarray) -> Callable[[Any], dict[str, np.ndarray]]:
+    import jax.numpy as jnp
+
+    from deltajax.massive_activations.measure import measurer
+    from deltajax.models import gpt_neox
+
+    return measurer(lambda params: gpt_neox.apply(params, config, jnp.asarray(tokens))[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
