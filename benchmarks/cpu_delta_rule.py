@@ -3,15 +3,13 @@
     python -m benchmarks.cpu_delta_rule --peer_python=PYTHON_WITH_TORCH_AND_TRANSFORMERS
 
 The peer runs in a process of its own, which is stopped while it is not its turn (torch's threads spin): rounds alternate ours
-and theirs, and the ratio is that of the minima. Prints a table and, with --csv, appends to a CSV file.
+and theirs, and the ratio is that of the minima. Prints a table and, with --csv, writes it to a file.
 """
 
 import atexit
-import csv
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import table
 from deltajax.ops import delta_rule
 
 PEER = """
@@ -46,7 +45,6 @@ _PEER_PYTHON = flags.DEFINE_string(
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "timed rounds of each", lower_bound=1)
 _SHAPE = flags.DEFINE_list("shape", ["1", "2048", "8", "64"], "B,T,H,K (V = K)")
-_CSV = flags.DEFINE_string("csv", None, "append the result to this file")
 
 
 def ours(batch, length, heads, dim):
@@ -95,12 +93,12 @@ def peer(python, *shape):
 
 
 def main(_):
-    """Time, print, and append to the CSV file."""
+    """Time, print, and write the CSV file."""
     shape = tuple(map(int, _SHAPE.value))
     sides = {"deltajax": ours(*shape)}
     if _PEER_PYTHON.value:
         sides["transformers"] = peer(_PEER_PYTHON.value, *shape)
-    rows: list[list] = []
+    rows = []
     for what in ("forward", "forward+backward"):
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(_ROUNDS.value + 2):
@@ -110,20 +108,12 @@ def main(_):
         median = {name: 1e3 * np.median(t[2:]) for name, t in times.items()}
         ratio = best["transformers"] / best["deltajax"] if "transformers" in best else float("nan")
         for name in sides:
-            rows.append([what, name, *shape, f"{best[name]:.1f}", f"{median[name]:.1f}", f"{ratio:.2f}"])
-    header = ["pass", "library", "B", "T", "H", "K", "min_ms", "median_ms", "ratio_of_minima"]
-    for row in (header, *rows):
+            figures = {"min_ms": best[name], "median_ms": median[name], "ratio_of_minima": ratio}
+            shown = {field: f"{x:.2f}" for field, x in figures.items()}
+            rows.append({"pass": what, "library": name, **dict(zip("BTHK", shape, strict=True)), **shown})
+    for row in (list(rows[0]), *(list(row.values()) for row in rows)):
         print("".join(f"{x!s:>18}" for x in row))
-    if _CSV.value:
-        machine = (
-            f"{os.cpu_count()} CPU cores, jax {jax.__version__}, Python {sys.version_info[0]}.{sys.version_info[1]}"
-        )
-        new = not os.path.exists(_CSV.value)
-        with open(_CSV.value, "a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow([*header, "date", "machine"])
-            writer.writerows([*row, time.strftime("%Y-%m-%d"), machine] for row in rows)
+    table.write(rows, table.cpu())
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ Steps are Pythia's 154 checkpoints; parameters are drawn around the one publishe
 beyond the data, and plateaus are reached or not; noise is normal, 5 % of each curve's range.
 """
 
-import csv
 import dataclasses
-import os
 import time
 
 import numpy as np
 from absl import app, flags
 from jaxtyping import Float
 
+from benchmarks import table
 from deltajax.massive_activations import laws
 from deltajax.massive_activations.fit import PARAMETERS, fit_trajectories
 
@@ -23,7 +22,6 @@ STEPS = np.array([0, *(2**i for i in range(10)), *range(1000, 143001, 1000)], np
 NOISE = 0.05
 
 _COUNT = flags.DEFINE_integer("count", 1000, "trajectories", lower_bound=1)
-_CSV = flags.DEFINE_string("csv", None, "write the table to this file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,37 +55,33 @@ def figures(draws: Draws) -> dict[str, float]:
     """What the issue asks for, as fractions of the draws that each row concerns, and the seconds that the fit took."""
     start = time.perf_counter()
     fits = fit_trajectories(STEPS, draws.noisy)
-    table = {"seconds": time.perf_counter() - start}
+    found = {"seconds": time.perf_counter() - start}
     total = ((draws.noisy - draws.noisy.mean(1, keepdims=True)) ** 2).sum(1)
     of_truth = 1 - ((draws.noisy - draws.clean) ** 2).sum(1) / total
     r2 = np.array([fit.score.r2 if fit.score else -np.inf for fit in fits])
-    table["R2 within 0.01 of the truth's"] = float(np.mean(r2 >= of_truth - 0.01))
+    found["R2 within 0.01 of the truth's"] = float(np.mean(r2 >= of_truth - 0.01))
     k, peak = draws.truth["K"], draws.truth["peak_step"]
     reached = np.abs(draws.clean[:, -1] - k) <= 0.05 * np.ptp(draws.clean, axis=1)
     inside = (peak > 0) & (peak < STEPS[-1])
     values = {name: np.array([fit.estimates[name].value or np.nan for fit in fits], np.float64) for name in draws.truth}
-    table["K within 5 % where the plateau is reached"] = float(np.mean(np.abs(values["K"] / k - 1)[reached] < 0.05))
+    found["K within 5 % where the plateau is reached"] = float(np.mean(np.abs(values["K"] / k - 1)[reached] < 0.05))
     off = np.abs(values["peak_step"] / peak - 1)
-    table["t_peak within 10 % where it lies inside"] = float(np.mean(off[inside] < 0.1))
-    table["peaks far beyond the last step that are refused"] = float(np.mean(np.isnan(off[peak > 1.5 * STEPS[-1]])))
+    found["t_peak within 10 % where it lies inside"] = float(np.mean(off[inside] < 0.1))
+    found["peaks far beyond the last step that are refused"] = float(np.mean(np.isnan(off[peak > 1.5 * STEPS[-1]])))
     for name, truth in draws.truth.items():
         known = [(fit.estimates[name], x) for fit, x in zip(fits, truth, strict=True) if fit.estimates[name].value]
-        table[f"{name}: identified"] = len(known) / len(fits)
-        table[f"{name}: covered by the 95 % interval"] = float(np.mean([e.low <= x <= e.high for e, x in known]))
-    return table
+        found[f"{name}: identified"] = len(known) / len(fits)
+        found[f"{name}: covered by the 95 % interval"] = float(np.mean([e.low <= x <= e.high for e, x in known]))
+    return found
 
 
 def main(_):
     """Print and write the table."""
-    table = figures(draw(_COUNT.value))
-    for name, value in table.items():
+    found = figures(draw(_COUNT.value))
+    for name, value in found.items():
         print(f"{name:<50}{value:>8.3f}")
-    if _CSV.value:
-        with open(_CSV.value, "w", newline="") as file:
-            writer = csv.writer(file)
-            machine = f"{os.cpu_count()} CPU cores of a shared machine"
-            writer.writerow(["figure", f"value ({_COUNT.value} trajectories, {machine})"])
-            writer.writerows([name, f"{value:.3f}"] for name, value in table.items())
+    rows = [{"figure": name, "value": f"{value:.3f}", "trajectories": _COUNT.value} for name, value in found.items()]
+    table.write(rows, table.cpu())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ datasheet's bandwidth, and of the products that R steps need at chunks of 64 row
 """
 
 import collections
-import csv
 import os
 import re
 import subprocess
@@ -20,6 +19,8 @@ import tempfile
 from pathlib import Path
 
 from absl import app, flags
+
+from benchmarks import table
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 HBM_BYTES_PER_CYCLE = {"v5e": 546, "v6e": 937, "tpu7x": 1677}
@@ -35,12 +36,10 @@ FIELDS = (
     "bound",
     "cycles_per_token_and_head",
     "ratio_to_bound",
-    "libtpu",
 )
 
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGY), "of v5e, v6e, tpu7x")
 _STEPS = flags.DEFINE_list("steps", ["1", "4"], "R")
-_CSV = flags.DEFINE_string("csv", None, "write the table to this file")
 
 PROGRAM = """
 import sys
@@ -112,7 +111,6 @@ def measure(generation: str, what: str, steps: int) -> dict[str, str]:
         "pass": what,
         "steps": str(steps),
         "bound": f"{bound / 1e3:.0f}",
-        "libtpu": _libtpu(),
     }
     if first is None or second is None:
         return row | dict.fromkeys(("kernels", "xla", "cycles_per_token_and_head", "ratio_to_bound"), "no estimate")
@@ -141,12 +139,7 @@ def main(_: list[str]) -> None:
             for what in PASSES:
                 rows.append(measure(generation, what, steps))
                 print(" | ".join(rows[-1][field] for field in FIELDS), flush=True)
-    if _CSV.value:
-        Path(_CSV.value).parent.mkdir(parents=True, exist_ok=True)
-        with open(_CSV.value, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+    table.write(rows, f"libtpu {_libtpu()}, static profile")
 
 
 if __name__ == "__main__":
