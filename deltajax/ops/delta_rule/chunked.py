@@ -66,8 +66,7 @@ def _block(state, q, k, v, beta, g, precision):
 
     q [n, B, H, C, K], k [.., C, R, K], v [.., C, R, V], beta [.., C, R], g [.., C], [.., C, K] or None.
     """
-    *lead, tokens, steps, value_dim = v.shape
-    matmul = functools.partial(jnp.matmul, precision=precision)
+    *lead, tokens, steps, _ = v.shape
     if g is not None:
         g = jnp.maximum(g if g.ndim == q.ndim else g[..., None], LOWEST_GATE)
     from_start, to_end, total = _decays(g, lead, q.dtype, precision)
@@ -82,14 +81,11 @@ def _block(state, q, k, v, beta, g, precision):
         weights = _pair_decay(g, tokens, q.dtype, precision)
         a = _weigh(products_of_keys(rows(k)), weights)
         p = _weigh(_products(q, rows(k), precision), weights)
-    beta = beta[..., None]
-    a = rows(beta) * a * np.tri(tokens * steps, k=-1, dtype=q.dtype)
-    rhs = jnp.concatenate([rows(beta * v), rows(beta * k * from_start[..., None, :])], axis=-1)
-    solution = unit_lower_solve(a, rhs, precision)
-    u, w = solution[..., :value_dim], solution[..., value_dim:]
-    k_to_end = rows(k * to_end[..., None, :])
-    states, v_new, state = _recurrence(*vary_alike(state, u, w, k_to_end, total[..., None]), precision)
-    return state, matmul(q * from_start, states) + matmul(p, v_new)
+    beta = rows(beta[..., None])
+    a = beta * a * np.tri(tokens * steps, k=-1, dtype=q.dtype)
+    k_start, k_end = rows(k * from_start[..., None, :]), rows(k * to_end[..., None, :])
+    arguments = vary_alike(state, a, p, q * from_start, k_start, k_end, rows(v), beta, total[..., None])
+    return _recurrence(*arguments, precision)
 
 
 # Gates: None, or [.., C, 1] (one per head), or [.., C, K] (one per key channel).
@@ -189,17 +185,12 @@ def _channel_gated_products(x, k, g, precision):
     return jnp.stack(scores, axis=-5).reshape(*lead, tokens * per_token, tokens * steps)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def unit_lower_solve(a, b, precision="highest"):
-    """x = (I + a)^-1 b for strictly lower triangular a [.., N, N] and b [.., N, M], by forward substitution of blocks.
+def _forward_substitution(a, b, precision):
+    """(I + a)^-1 b for strictly lower triangular a [.., N, N] and b [.., N, M], block by block; and the blocks' inverses.
 
     Unlike power series in a it does not blow up on correlated keys, and it is several times as accurate as a product with
     the whole inverse, of which only small diagonal blocks are formed.
     """
-    return _forward_substitution(a, b, precision)[0]
-
-
-def _forward_substitution(a, b, precision):
     matmul = functools.partial(jnp.matmul, precision=precision)
     inverses = _invert_diagonal_blocks(a)
     size = inverses.shape[-1]
@@ -208,24 +199,23 @@ def _forward_substitution(a, b, precision):
         here = slice(n * size, (n + 1) * size)
         rest = b[..., here, :] - matmul(a[..., here, : n * size], x) if n else b[..., here, :]
         x = jnp.concatenate([x, matmul(inverses[..., n, :, :], rest)], axis=-2)
-    return x, (a, inverses, x)
+    return x, inverses
 
 
-def _backward_substitution(precision, residuals, dx):
-    a, inverses, x = residuals
+def _backward_substitution(a, inverses, b, precision):
+    """(I + a)^-T b, with the inverses from `_forward_substitution`."""
     matmul = functools.partial(jnp.matmul, precision=precision)
-    transpose = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
     count, size = inverses.shape[-3:-1]
-    db = dx[..., :0, :]
+    x = b[..., :0, :]
     for n in reversed(range(count)):
         here, below = slice(n * size, (n + 1) * size), slice((n + 1) * size, None)
-        rest = dx[..., here, :] - matmul(transpose(a[..., below, here]), db) if n < count - 1 else dx[..., here, :]
-        db = jnp.concatenate([matmul(transpose(inverses[..., n, :, :]), rest), db], axis=-2)
-    da = -matmul(db, transpose(x)) * np.tri(a.shape[-1], k=-1, dtype=a.dtype)
-    return da, db
+        rest = b[..., here, :] - matmul(_transpose(a[..., below, here]), x) if n < count - 1 else b[..., here, :]
+        x = jnp.concatenate([matmul(_transpose(inverses[..., n, :, :]), rest), x], axis=-2)
+    return x
 
 
-unit_lower_solve.defvjp(_forward_substitution, _backward_substitution)
+def _transpose(x):
+    return jnp.swapaxes(x, -1, -2)
 
 
 def _invert_diagonal_blocks(a):
@@ -241,44 +231,55 @@ def _invert_diagonal_blocks(a):
     return inverse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _recurrence(state, u, w, k, decay, precision):
-    """V'_n = U_n - W_n S_n; S_n+1 = decay_n S_n + K_n^T V'_n. Returns all S_n, all V'_n and the last state."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
+def _recurrence(state, a, p, q_start, k_start, k_end, v, beta, total, precision):
+    """From what each chunk is by itself to (last state, O), by the recurrence of the states; names as at the top of the file."""
+    return _recurrence_forward(state, a, p, q_start, k_start, k_end, v, beta, total, precision)[0]
+
+
+def _recurrence_forward(state, a, p, q_start, k_start, k_end, v, beta, total, precision):
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    solution, inverses = _forward_substitution(a, beta * jnp.concatenate([v, k_start], axis=-1), precision)
+    u, w = solution[..., : v.shape[-1]], solution[..., v.shape[-1] :]
 
     def body(state, x):
-        u, w, k, decay = x
-        v_new = u - jnp.matmul(w, state, precision=precision)
-        following = decay * state + jnp.matmul(jnp.swapaxes(k, -1, -2), v_new, precision=precision)
-        return following, (state, v_new)
+        u, w, k_end, total = x
+        v_new = u - matmul(w, state)
+        return total * state + matmul(_transpose(k_end), v_new), (state, v_new)
 
-    state, (states, v_new) = jax.lax.scan(body, state, (u, w, k, decay), unroll=True)
-    return states, v_new, state
-
-
-def _recurrence_forward(state, u, w, k, decay, precision):
-    out = _recurrence(state, u, w, k, decay, precision)
-    return out, (w, k, decay, *out[:2])
+    following, (states, v_new) = jax.lax.scan(body, state, (u, w, k_end, total), unroll=True)
+    o = matmul(q_start, states) + matmul(p, v_new)
+    return (following, o), (a, inverses, p, q_start, k_start, k_end, v, beta, total, w, states, v_new)
 
 
 def _recurrence_backward(precision, residuals, cotangents):
-    """Only what is recurrent, the cotangent of the states, is scanned; the rest follows for all chunks at once."""
-    w, k, decay, states, v_new = residuals
+    """Only what is recurrent, the cotangent of the states, is scanned; the rest follows for all chunks at once.
+
+    W enters V' = U - W S, so with dX = (I + A)^-T dV' its cotangent solves to -dX S^T: one solve serves U and W.
+    """
+    a, inverses, p, q_start, k_start, k_end, v, beta, total, w, states, v_new = residuals
     matmul = functools.partial(jnp.matmul, precision=precision)
+    dfollowing, do = cotangents
 
     def body(dfollowing, x):
-        w, k, decay, dstate, dv_new = x
-        dv_new = dv_new + matmul(k, dfollowing)
-        dstate = dstate + decay * dfollowing - matmul(jnp.swapaxes(w, -1, -2), dv_new)
-        return dstate, (dfollowing, dv_new)
+        w, k_end, total, dv_new, dstate = x
+        dv_new = dv_new + matmul(k_end, dfollowing)
+        return dstate + total * dfollowing - matmul(_transpose(w), dv_new), (dfollowing, dv_new)
 
-    dstates, dv_new, dstate = cotangents
-    dstate, (dfollowing, dv_new) = jax.lax.scan(body, dstate, (w, k, decay, dstates, dv_new), reverse=True, unroll=True)
-    dw = -matmul(dv_new, jnp.swapaxes(states, -1, -2))
-    dk = matmul(v_new, jnp.swapaxes(dfollowing, -1, -2))
-    ddecay = jnp.sum(states * dfollowing, axis=-1, keepdims=True)
-    if decay.shape[-2] == 1:
-        ddecay = jnp.sum(ddecay, axis=-2, keepdims=True)
-    return dstate, dv_new, dw, dk, ddecay
+    from_outputs = matmul(_transpose(p), do), matmul(_transpose(q_start), do)
+    dstate, (dfollowing, dv_new) = jax.lax.scan(
+        body, dfollowing, (w, k_end, total, *from_outputs), reverse=True, unroll=True
+    )
+    dx = _backward_substitution(a, inverses, dv_new, precision)
+    dx_states = matmul(dx, _transpose(states))
+    dbeta = jnp.sum(dx * v, axis=-1, keepdims=True) - jnp.sum(dx_states * k_start, axis=-1, keepdims=True)
+    dtotal = jnp.sum(states * dfollowing, axis=-1, keepdims=True)
+    if total.shape[-2] == 1:
+        dtotal = jnp.sum(dtotal, axis=-2, keepdims=True)
+    da = -matmul(dx, _transpose(v_new)) * np.tri(a.shape[-1], k=-1, dtype=a.dtype)
+    dp, dq_start = matmul(do, _transpose(v_new)), matmul(do, _transpose(states))
+    dk_end = matmul(v_new, _transpose(dfollowing))
+    return dstate, da, dp, dq_start, -beta * dx_states, dk_end, beta * dx, dbeta, dtotal
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
