@@ -98,7 +98,7 @@ def main(_):
     sides = {"deltajax": ours(*shape)}
     if _PEER_PYTHON.value:
         sides["transformers"] = peer(_PEER_PYTHON.value, *shape)
-    rows = []
+    rows: list[dict[str, object]] = []
     for what in ("forward", "forward+backward"):
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(_ROUNDS.value + 2):
@@ -109,10 +109,11 @@ def main(_):
         ratio = best["transformers"] / best["deltajax"] if "transformers" in best else float("nan")
         for name in sides:
             figures = {"min_ms": best[name], "median_ms": median[name], "ratio_of_minima": ratio}
-            shown = {field: f"{x:.2f}" for field, x in figures.items()}
-            rows.append({"pass": what, "library": name, **dict(zip("BTHK", shape, strict=True)), **shown})
-    for row in (list(rows[0]), *(list(row.values()) for row in rows)):
-        print("".join(f"{x!s:>18}" for x in row))
+            about = {"pass": what, "library": name, **dict(zip("BTHK", shape, strict=True))}
+            rows.append({**about, **{field: f"{x:.2f}" for field, x in figures.items()}})
+    lines: list[list[object]] = [list(rows[0]), *(list(row.values()) for row in rows)]
+    for line in lines:
+        print("".join(f"{x!s:>18}" for x in line))
     table.write(rows, table.cpu())
 
 
