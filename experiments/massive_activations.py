@@ -36,6 +36,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "neox-4x64": lambda: _neox(4, 64),
     "neox-6x48": lambda: _neox(6, 48),
     "neox-8x64": lambda: _neox(8, 64),
+    "neox-14m": lambda: gpt_neox.pythia("14m", vocab_size=VOCAB),  # Pythia's smallest, on bytes: 1.2M parameters
     "neox-4x64-kv": lambda: _neox(4, 64, sink="kv"),
     "neox-4x64-one": lambda: _neox(4, 64, sink="one"),
     "neox-4x64-gated": lambda: _neox(4, 64, gated=True),
@@ -50,17 +51,18 @@ TRAINING: Mapping[str, dict[str, Any]] = {
     "-decay0": {"optimizer": {"weight_decay": 0.0}},
     "-constant": {"schedule": {"decay": "constant"}},
 }
-SEEDED = "neox-4x64"  # the one with three seeds
+SEEDED = ("neox-4x64", "attention-4x64", "deltanet-4x64")  # those with three seeds
 
 
-def get_grid() -> list[dict[str, str]]:
-    """All models once, one of them with three seeds, and that one without weight decay and at a constant rate."""
-    others = [name for name in MODELS if name != SEEDED] + [SEEDED + suffix for suffix in TRAINING]
-    return [{"model": SEEDED, "seed": "0,1,2"}, {"model": ",".join(others), "seed": "0"}]
+def get_grid() -> list[dict[str, Any]]:
+    """All models once, three of them with three seeds, and one of these without weight decay and at a constant rate."""
+    others = [name for name in MODELS if name not in SEEDED] + [SEEDED[0] + suffix for suffix in TRAINING]
+    return [{"model": SEEDED, "seed": range(3)}, {"model": others, "seed": [0]}]
 
 
-def get_config(model: str = SEEDED, seed: int = 0, steps: int = 1200) -> TrainConfig:
-    """One run: 1,024 bytes a step of the standard library's source."""
+def get_config(model: str = SEEDED[0], seed: int = 0, steps: int | None = None) -> TrainConfig:
+    """One run: 1,024 bytes a step of the standard library's source; 1,200 steps, of the largest model 4,000."""
+    steps = steps or (4000 if model == "neox-14m" else 1200)
     base, changes = model, {}
     for suffix in TRAINING:
         if model.endswith(suffix):

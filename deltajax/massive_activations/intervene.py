@@ -1,0 +1,163 @@
+"""Overwrite massive activations at one block of a trained model, and see what that does to its loss (arXiv 2402.17762).
+
+    python -m deltajax.massive_activations.intervene --workdir=runs/mine --layer=2
+
+The paper found of large models: setting them to zero destroys the model, setting them to their mean changes nothing: they are
+constants that the model needs.
+"""
+
+import csv
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Bool, Float, Int
+
+from deltajax import cli
+from deltajax.ops import taps
+
+Mode = Literal["none", "zero", "mean", "neighbours"]
+MODES: tuple[Mode, ...] = ("none", "zero", "mean", "neighbours")
+COLUMNS = ("model", "layer", "top", "mode", "loss", "change")
+
+
+def massive(x: Float[Array, "B ... D"], top: int) -> Bool[Array, "B ... D"]:
+    """The `top` values of largest magnitude of each sequence."""
+    magnitude = jnp.abs(x.astype(jnp.float32)).reshape(x.shape[0], -1)
+    least = jax.lax.top_k(magnitude, top)[0][:, -1:]
+    return (magnitude >= least).reshape(x.shape)
+
+
+def overwrite(
+    x: Float[Array, "B ... D"], mode: Mode, top: int, mean: Float[Array, "D"] | None = None
+) -> Float[Array, "B ... D"]:
+    """Activations with their `massive` values replaced.
+
+    Args:
+      mode: "zero": by 0; "mean": by `mean` of their channel; "neighbours", a control: the channel beside each is set to 0
+        instead, at the same positions; "none": nothing.
+      top: values per sequence.
+      mean: see `channel_means`.
+
+    Raises:
+      ValueError: an unknown mode, or "mean" without `mean`.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "none":
+        return x
+    chosen = massive(x, top)
+    if mode == "neighbours":
+        chosen = jnp.roll(chosen, 1, axis=-1)
+    if mode != "mean":
+        return jnp.where(chosen, 0, x)
+    if mean is None:
+        raise ValueError("mode 'mean' needs the means of the channels")
+    return jnp.where(chosen, mean.astype(x.dtype), x)
+
+
+def intervened(f: Callable, layer: int | Int[Array, ""], change: Callable[[Array], Array]) -> Callable:
+    """`f` with the residual stream after block `layer` (from 0) replaced by `change` of it.
+
+    Args:
+      f: tags its blocks' outputs "residual" (see `ops.taps`).
+    """
+    return taps.replace(f, {"residual": lambda x, place: jnp.where(place == layer, change(x), x)})
+
+
+def channel_means(f: Callable, params: Any, batches: Sequence[Any], top: int) -> Float[np.ndarray, "layers D"]:
+    """Mean of the `massive` values of each block and channel over all batches, sign included; 0 where a channel has none.
+
+    Args:
+      f: (params, batch) -> anything; tags its blocks' outputs "residual".
+    """
+
+    def probe(x: Array) -> tuple[Array, Array]:
+        chosen, axes = massive(x, top), tuple(range(x.ndim - 1))
+        return jnp.sum(jnp.where(chosen, x.astype(jnp.float32), 0), axes), jnp.sum(chosen, axes)
+
+    run = jax.jit(lambda params, batch: taps.capture(f, {"residual": probe})(params, batch)[1]["residual"])
+    totals, counts = (
+        np.sum(parts, axis=0) for parts in zip(*(jax.device_get(run(params, b)) for b in batches), strict=True)
+    )
+    return totals / np.maximum(counts, 1)
+
+
+def losses(
+    sums: Callable[[Any, Any], dict[str, Array]],
+    params: Any,
+    batches: Sequence[Any],
+    layers: Sequence[int],
+    top: int,
+) -> dict[int, dict[Mode, float]]:
+    """Mean loss over batches in each mode, for each of these blocks.
+
+    Args:
+      sums: (params, batch) -> {"loss", "weight"}, sums over the batch; tags its blocks' outputs "residual".
+      layers: blocks, from 0.
+      top: values per sequence that are overwritten.
+    """
+    means = jnp.asarray(channel_means(sums, params, batches, top))
+
+    @jax.jit
+    def run(params, batch, layer, mode):
+        choices = [functools.partial(overwrite, mode=name, top=top, mean=means[layer]) for name in MODES]
+        return intervened(sums, layer, lambda x: jax.lax.switch(mode, choices, x))(params, batch)
+
+    def mean_loss(layer: int, mode: Mode) -> float:
+        found = [jax.device_get(run(params, batch, layer, MODES.index(mode))) for batch in batches]
+        total = {name: np.sum([s[name] for s in found], dtype=np.float64) for name in ("loss", "weight")}
+        return float(total["loss"] / total["weight"])
+
+    untouched = mean_loss(0, "none")
+    return {layer: {m: untouched if m == "none" else mean_loss(layer, m) for m in MODES} for layer in layers}
+
+
+def rows(model: str, found: dict[int, dict[Mode, float]], top: int) -> list[dict[str, object]]:
+    """What `losses` found, a row per block and mode, as COLUMNS."""
+    return [
+        dict(zip(COLUMNS, (model, layer, top, mode, f"{x:.5f}", f"{x - of_layer['none']:+.5f}"), strict=True))
+        for layer, of_layer in found.items()
+        for mode, x in of_layer.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    values = cli.flag_values()
+    flags.DEFINE_string("workdir", None, "workdir of a training run", flag_values=values)
+    flags.DEFINE_integer("layer", None, "block, from 0; default: all of them", 0, flag_values=values)
+    flags.DEFINE_integer("top", 5, "values per sequence that are overwritten", 1, flag_values=values)
+    flags.DEFINE_integer("batches", 10, "validation batches", 1, flag_values=values)
+    flags.DEFINE_string("csv", None, "write the table to this file", flag_values=values)
+
+    def action(_: dict[str, str]) -> None:
+        from deltajax.massive_activations import trained  # here, so that Ctrl-C while it is imported is one line too
+
+        if not values.workdir:
+            raise ValueError("--workdir: the workdir of a training run is missing")
+        model = trained.load(values.workdir, values.batches)
+        blocks = taps.tags(model.sums, model.params, model.batches[0]).count("residual")
+        if values.layer is not None and values.layer >= blocks:
+            raise ValueError(f"--layer={values.layer}: the model has {blocks} blocks, 0 to {blocks - 1}")
+        layers = range(blocks) if values.layer is None else [values.layer]
+        table = rows(model.name, losses(model.sums, model.params, model.batches, layers, values.top), values.top)
+        width = max(len(model.name), 6) + 2
+        for name, *cells in (COLUMNS, *(row.values() for row in table)):
+            print(f"{name:<{width}}" + "".join(f"{cell!s:<12}" for cell in cells).rstrip())
+        if values.csv:
+            with open(values.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(table)
+
+    return cli.run(action, values, __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Overwriting the largest activations of one block: which values, and which block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deltajax.massive_activations import intervene
+from deltajax.ops.taps import tag
+
+
+def test_what_each_mode_writes():
+    x = jnp.array([[[9.0, 1, 2], [3, -8, 1]], [[1, 2, 3], [7, 1, -6]]])
+    expected = {
+        "none": x,
+        "zero": [[[0, 1, 2], [3, 0, 1]], [[1, 2, 3], [0, 1, 0]]],
+        "mean": [[[8, 1, 2], [3, -5, 1]], [[1, 2, 3], [8, 1, -4]]],
+        "neighbours": [[[9, 0, 2], [3, -8, 0]], [[1, 2, 3], [0, 0, -6]]],
+    }
+    for mode, y in expected.items():
+        np.testing.assert_array_equal(intervene.overwrite(x, mode, 2, jnp.array([8.0, -5, -4])), y, err_msg=mode)
+    with pytest.raises(ValueError, match="mode must be one of none, zero, mean, neighbours, got 'median'"):
+        intervene.overwrite(x, "median", 2)
+
+
+def constant_model(params, batch):
+    """Two blocks; the first adds a constant of 50 in channel 1 at the first token, which the second must find there.
+
+    The loss is the squared distance of that constant from 50 as the second block sees it.
+    """
+    x = batch["x"].at[:, 0, 1].add(params)
+    x = tag(x, "residual")
+    loss = jnp.sum((x[:, 0, 1] - 50) ** 2)
+    x = tag(x * jnp.array([1.0, 0, 1]), "residual")
+    return {"loss": loss, "weight": jnp.float32(len(x))}
+
+
+def test_zero_destroys_what_is_a_constant_and_its_mean_does_not():
+    """The paper's finding, in a model made to show it; the second block's output no longer matters."""
+    batches = [{"x": np.asarray(jax.random.normal(jax.random.key(i), (4, 5, 3)))} for i in range(3)]
+    found = intervene.losses(constant_model, jnp.float32(50), batches, [0, 1], top=1)
+    assert found[0]["none"] == pytest.approx(np.mean([b["x"][:, 0, 1] ** 2 for b in batches]), rel=1e-4)
+    assert found[0]["zero"] == pytest.approx(2500)
+    assert found[0]["mean"] == pytest.approx(np.mean([b["x"][:, 0, 1] for b in batches]) ** 2, abs=1e-3)
+    assert found[0]["neighbours"] == pytest.approx(found[0]["none"])
+    assert set(found[1].values()) == {found[0]["none"]}
