@@ -18,6 +18,7 @@ from deltajax.layers import batch_norm, classifier, conv2d, conv_norm, squeeze_e
 from deltajax.layers.activation import ACTIVATIONS, Name
 from deltajax.layers.param import count_params, init_params
 from deltajax.models.losses import cross_entropy_sums
+from deltajax.models.resnet import Tap
 
 
 def _check_activations(*names: str) -> None:
@@ -233,6 +234,7 @@ def apply(
     *,
     train: bool = False,
     key: PRNGKeyArray | None = None,
+    tap: Tap = lambda where, x: x,
 ) -> tuple[Float[Array, "B classes"], dict]:
     """Logits in float32 and the running statistics, which change only if `train`.
 
@@ -242,17 +244,21 @@ def apply(
       images: any height and width.
       train: batch norm by the statistics of this batch.
       key: of dropout and stochastic depth; None: neither.
+      tap: as in `resnet.apply`: "input", "stem", "stages.0.0.expand", "stages.0.0.depthwise" (before squeeze and excitation),
+        "stages.0.0" (the block's output after its residual add), "last".
     """
     unit = functools.partial(conv_norm.apply, config=config.norm, train=train, padding=config.padding)
     activation = ACTIVATIONS[config.activation]
     new: dict[str, Any] = {"stages": []}
-    x, new["stem"] = unit(params["stem"], stats["stem"], x=images.astype(config.dtype), stride=2)
-    x = activation(x)
+    x, new["stem"] = unit(params["stem"], stats["stem"], x=tap("input", images.astype(config.dtype)), stride=2)
+    x = tap("stem", activation(x))
     total, done = sum(stage.repeats for stage in config.stages), 0
     for i, blocks in enumerate(_blocks(config)):
         advanced = []
         for j, (stage, channels, _, stride) in enumerate(blocks):
-            y, moved = _block(unit, stage, params["stages"][i][j], stats["stages"][i][j], x, stride)
+            y, moved = _block(
+                unit, stage, params["stages"][i][j], stats["stages"][i][j], x, stride, tap, f"stages.{i}.{j}"
+            )
             advanced.append(moved)
             if stride == 1 and channels == stage.channels:
                 drop = config.drop_path * done / total
@@ -260,15 +266,17 @@ def apply(
                     keep = jax.random.bernoulli(jax.random.fold_in(key, done), 1 - drop, (len(y), 1, 1, 1))
                     y = y * (keep / (1 - drop)).astype(y.dtype)
                 y = x + y
-            x, done = y, done + 1
+            x, done = tap(f"stages.{i}.{j}", y), done + 1
         new["stages"].append(advanced)
     x, new["last"] = unit(params["last"], stats["last"], x=x)
     last_key = None if key is None else jax.random.fold_in(key, total)
     head = functools.partial(classifier.apply, activation=config.activation, dropout=config.dropout, key=last_key)
-    return head(params["head"], activation(x)), new
+    return head(params["head"], tap("last", activation(x))), new
 
 
-def _block(unit: Callable, stage: Stage, params: dict, stats: dict, x: Array, stride: int) -> tuple[Array, dict]:
+def _block(
+    unit: Callable, stage: Stage, params: dict, stats: dict, x: Array, stride: int, tap: Tap, where: str
+) -> tuple[Array, dict]:
     """One block without its residual add, and the new statistics."""
     new = {}
     activation = ACTIVATIONS[stage.activation]
@@ -276,7 +284,7 @@ def _block(unit: Callable, stage: Stage, params: dict, stats: dict, x: Array, st
         if name in params:
             spatial = name == "depthwise" or stage.block == "fused"
             x, new[name] = unit(params[name], stats[name], x=x, stride=stride if spatial else 1)
-            x = activation(x)
+            x = tap(f"{where}.{name}", activation(x)) if "project" in params else activation(x)
     if stage.squeeze:
         squeeze = stage.squeeze
         x = squeeze_excitation.apply(params["squeeze"], x, activation=squeeze.activation, gate=squeeze.gate)

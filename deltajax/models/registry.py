@@ -8,6 +8,7 @@ A new model is a file with these names, and a line in `MODELS`:
     init_stats(config)                      running statistics that training updates without gradients; {} if there are none
     loss_sums(params, stats, config, batch, *, key, train) -> (sums, stats)
     position_sums(params, stats, config, batch)     may be absent: the sums of evaluation with an axis of positions kept
+    SHOWN                                   may be absent: entries of the sums that the progress line shows
 
 and, for language models that shall be able to write (`training.sampling`):
 
@@ -22,7 +23,7 @@ every step and microbatch (None in evaluation); statistics come back changed onl
 
 from typing import Any
 
-from deltajax.models import autoencoder, efficientnet, gpt_neox, lm, resnet
+from deltajax.models import autoencoder, efficientnet, frames, gpt_neox, lm, resnet
 
 MODELS: dict[type, Any] = {
     lm.Config: lm,
@@ -30,6 +31,7 @@ MODELS: dict[type, Any] = {
     autoencoder.Config: autoencoder,
     resnet.Config: resnet,
     efficientnet.Config: efficientnet,
+    frames.Config: frames,
 }
 
 

@@ -200,6 +200,8 @@ class TrainConfig:
       seed: of the initial parameters and the final sample (the data have their own).
       grad_accumulation: microbatches per step; memory falls, the update stays the same.
       log_every: steps between rows of metrics.
+      init_from: folder of an earlier run: its last parameters and statistics replace the initial ones wherever paths and
+        shapes agree (the rest is new, such as the steps of delta activations); "": none.
       prompt: beginning of the sample written when the run ends.
     """
 
@@ -216,6 +218,7 @@ class TrainConfig:
     nonfinite: NonFinite = NonFinite()
     probes: Probes = Probes()
     log_every: int = 10
+    init_from: str = ""
     prompt: str = ""
     sampling: Sampling = Sampling()
 

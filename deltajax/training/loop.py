@@ -1,6 +1,7 @@
 """A run from its config to its plot: restore or initialise, train, evaluate, save, finish."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -106,6 +107,8 @@ class Run:
             print(f"continuing after step {self.step}" + (f" with changed {'; '.join(changed)}" if changed else ""))
         else:
             self.state = step.init(config.seed)
+            if config.init_from:
+                self.state = _begin_from(Path(config.init_from), self.state)
             parameters = count_params(step.abstract.params)
             print(f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s)")
         self.writer = metrics.Writer(workdir, self.step)
@@ -210,7 +213,7 @@ class Run:
         speed = self._weight / (now - self._clock)
         self._clock, self._weight = now, 0.0
         self.writer.write(step, **row, **{f"{self.dataset.unit}_per_second": speed})
-        self.progress.update(step, row["loss"], f"{speed:,.0f} {self.dataset.unit}/s")
+        self.progress.update(step, row["loss"], f"{speed:,.0f} {self.dataset.unit}/s{self._shown(row)}")
         return row["streak"]
 
     def _evaluate(self) -> float:
@@ -226,9 +229,17 @@ class Run:
         if self.bits_per_nat is not None:
             row["bits_per_byte"] = loss * self.bits_per_nat
         self.writer.write(self.step, **row)
-        self.progress.say(f"step {self.step}: {_describe_scores({**row, 'chance': self.dataset.chance})}")
+        self.progress.say(
+            f"step {self.step}: {_describe_scores({**row, 'chance': self.dataset.chance})}{self._shown(row)}"
+        )
         self._clock += time.perf_counter() - started  # the throughput counts training only
         return loss
+
+    def _shown(self, row: dict[str, float]) -> str:
+        """What the model wants to be seen of a row, such as ", temporal_sparsity 0.912"."""
+        names = getattr(registry.module_of(self.config.model), "SHOWN", ())
+        values = {name: row.get(name, row.get(f"validation_{name}")) for name in names}
+        return "".join(f", {name} {value:.3f}" for name, value in values.items() if value is not None)
 
     def _score(self, name: str) -> dict[str, np.ndarray]:
         """Sums over an evaluation set, in float64: one per position, or one in all if the model knows no positions."""
@@ -257,6 +268,37 @@ class Run:
     def _identities(self) -> dict[str, str]:
         tokenizer = self.dataset.tokenizer
         return {"tokenizer": tokenizer.identity if tokenizer else "", "corpus": self.dataset.fingerprint}
+
+
+def _begin_from(workdir: Path, state: TrainState) -> TrainState:
+    """`state` with the parameters and statistics of another run's last checkpoint where paths and shapes agree."""
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"init_from: {str(workdir)!r} does not exist")
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        stored = serialize.from_json(checkpoints.progress(checkpoints.steps()[-1])["config"])
+        restored = checkpoints.restore(make_step(stored).abstract, stored)
+    assert restored is not None  # a folder without checkpoints has raised
+    taken = 0
+
+    def merge(new: Any, old: Any) -> Any:
+        nonlocal taken
+        before = dict(jax.tree.leaves_with_path(old))
+
+        def pick(path, leaf):
+            nonlocal taken
+            found = before.get(path)
+            if found is None or found.shape != leaf.shape:
+                return leaf
+            taken += leaf.size
+            return jax.device_put(found, leaf.sharding)
+
+        return jax.tree_util.tree_map_with_path(pick, new)
+
+    params = merge(state.params, restored[1].params)
+    if not taken:
+        raise ValueError(f"init_from: no parameter of {str(workdir)!r} has a name and shape of this model's")
+    print(f"{taken:,} parameters from step {restored[0]} of {workdir}")
+    return dataclasses.replace(state, params=params, stats=merge(state.stats, restored[1].stats))
 
 
 class _StopRequest:

@@ -1,0 +1,224 @@
+"""The streaming runner against dense inference, frame by frame, and the graph against the network that it was folded from."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deltajax.delta_activations import changes, fold, graph, stream
+from deltajax.layers import delta_activation
+from deltajax.models import efficientnet, fan_out, frames, resnet
+
+SIZE = (40, 52)  # no multiple of any tile
+
+
+def network(config, key=0, scale=1.0):
+    """Parameters and statistics away from their initial values, steps large enough for changes to vanish on the way."""
+    params, stats = jax.jit(lambda k: frames.init(k, config))(jax.random.key(key)), frames.init_stats(config)
+    rng = np.random.default_rng(key)
+
+    def draw(x):
+        return (x + 0.2 * rng.random(x.shape)).astype(np.float32)
+
+    params["network"] = jax.tree.map(draw, params["network"])
+    params["delta"] = jax.tree.map(lambda x: scale * draw(x), params["delta"])
+    return params, jax.tree.map(draw, stats)
+
+
+BASIC = frames.Config(
+    resnet.Config(blocks=(1, 1), widths=(8, 16), stem="small", num_classes=5),
+    SIZE,
+    delta_activation.Config(init_step=0.3),
+)
+
+
+def clip(rng, size=SIZE, length=9):
+    """Frames: the first, nothing changed, a small change, a large one, all, then a small one moving."""
+    frame = rng.standard_normal((*size, 3)).astype(np.float32)
+    yield frame
+    yield frame
+    for t in range(length - 2):
+        frame = frame.copy()
+        if t == 2:
+            frame = rng.standard_normal(frame.shape).astype(np.float32)
+        elif t == 1:
+            frame[:, :28] = rng.standard_normal(frame[:, :28].shape)
+        else:
+            frame[30:40, 40 + t : 46 + t] += 1
+        yield frame
+
+
+@pytest.fixture(scope="module")
+def basic():
+    params, stats = network(BASIC)
+    return *fold.fold(params, stats, BASIC), params, stats
+
+
+@pytest.fixture(scope="module")
+def runner(basic):
+    return stream.Stream(basic[0], basic[1], (*SIZE, 3))
+
+
+def test_equals_dense_inference(basic, runner):
+    dense = jax.jit(functools.partial(graph.apply, basic[0]))
+    state, kinds = runner.init_state(), []
+    for frame in clip(np.random.default_rng(0)):
+        logits, state, tiles = runner.step(state, frame)
+        np.testing.assert_allclose(logits, dense(basic[1], frame[None])[0], atol=1e-5)
+        kinds.append(tiles)
+    kinds = np.array(kinds)
+    assert (kinds[0] == stream.DENSE).all() and not kinds[1].any()  # the first frame; nothing changed
+    assert (kinds[4] == stream.DENSE).all()  # everything changed
+    assert (kinds[2] >= 0).all() and (kinds[2] < [runner.tile_counts[name] // 2 for name in runner.nodes]).all()
+    assert (kinds[3] == stream.DENSE).any() and (kinds[3] > 0).any()  # some maps overflow, not all
+    reset = runner.step(runner.init_state(), frame)
+    np.testing.assert_array_equal(reset[0], logits)
+
+
+def test_every_map_is_exact_without_dense_fallback(basic):
+    """All maps, bit for bit, when every frame after the first goes by tiles, whatever the limits say about cost."""
+    limits = {node.name: 10**6 for node in basic[0].nodes}
+    runner = stream.Stream(*basic[:2], (*SIZE, 3), limits=limits)
+    maps = jax.jit(functools.partial(graph.maps, basic[0]))
+    state = runner.init_state()
+    for t, frame in enumerate(clip(np.random.default_rng(1), length=6)):
+        _, state, tiles = runner.step(state, frame)
+        assert t == 0 or (np.asarray(tiles) >= 0).all()
+        for name, want in maps(basic[1], frame[None]).items():
+            np.testing.assert_allclose(runner._inside(name, state.maps[name]), want[0], atol=1e-5, err_msg=name)
+
+
+def test_quantisation_stops_changes(basic):
+    maps = {k: v if k == "input" else {**v, "step": v["step"] * 20} for k, v in basic[1]["maps"].items()}
+    params = {**basic[1], "maps": maps}
+    coarse, fine = (stream.Stream(basic[0], p, (*SIZE, 3)) for p in (params, basic[1]))
+    counts = []
+    for runner in (coarse, fine):
+        state = runner.init_state()
+        rng = np.random.default_rng(2)
+        frame = rng.standard_normal((*SIZE, 3)).astype(np.float32)
+        _, state, _ = runner.step(state, frame)
+        frame[20:24, 20:24] += 0.5
+        _, state, tiles = runner.step(state, frame)
+        counts.append(np.asarray(tiles))
+    assert counts[0][0] == counts[1][0] > 0 and counts[0][-1] < counts[1][-1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BASIC,
+        frames.Config(resnet.resnet50(blocks=(1, 1), widths=(4, 8), num_classes=5, head_hidden=8), SIZE, BASIC.delta),
+        frames.Config(
+            efficientnet.Config(
+                stem=8,
+                stages=(
+                    efficientnet.Stage("fused", 8, 1, activation="relu"),
+                    efficientnet.Stage("inverted", 8, 2, 3, 2, 2.0, activation="relu"),
+                ),
+                head=16,
+                activation="relu",
+                num_classes=5,
+            ),
+            SIZE,
+            BASIC.delta,
+        ),
+    ],
+    ids=["basic", "bottleneck", "inverted"],
+)
+def test_folding(config):
+    """The graph computes what the network does in evaluation mode; its operations are those of the network's own trace."""
+    plain = dataclasses.replace(config, delta=None)
+    params, stats = network(config)
+    x = jax.random.normal(jax.random.key(5), (2, 1, *SIZE, 3))
+    network_graph, folded = fold.fold({"network": params["network"]}, stats, plain)
+    want, _ = frames.apply(params, stats, plain, x)
+    np.testing.assert_allclose(graph.apply(network_graph, folded, x[:, 0]), want[:, 0], rtol=2e-4, atol=2e-5)
+    # With delta activations rounding may fall to the other side of a tie, rarely.
+    network_graph, folded = fold.fold(params, stats, config)
+    seen = {}
+    frames.apply(params, stats, config, x, observe=seen.__setitem__)
+    maps = graph.maps(network_graph, folded, x[:, 0])
+    for name, o in seen.items():
+        assert jnp.mean(jnp.abs(maps[name] - o[:, 0]) > 1e-4) < 0.01, name
+    fed = network_graph.operations(folded, *SIZE)
+    for name, (shape, fan) in frames.activations(config.network, SIZE).items():
+        assert fed[name] == pytest.approx(np.prod(shape) * fan), name
+
+
+def test_the_caller_may_reuse_its_buffer(basic, runner):
+    """Frames are read after `step` has returned; what the caller writes then must not be seen."""
+    rng = np.random.default_rng(4)
+    frames_ = rng.standard_normal((12, *SIZE, 3)).astype(np.float32)
+    buffer, state, got = np.empty_like(frames_[0]), runner.init_state(), []
+    for frame in frames_:
+        buffer[:] = frame
+        logits, state, _ = runner.step(state, buffer)
+        buffer[:] = 0
+        got.append(logits)
+    dense = jax.jit(functools.partial(graph.apply, basic[0]))
+    np.testing.assert_allclose(got, [dense(basic[1], frame[None])[0] for frame in frames_], rtol=1e-6)
+
+
+def test_readers_and_tiles():
+    """Against loops."""
+    rng = np.random.default_rng(0)
+    for window in (
+        graph.Window(3, 1, (1, 1)),
+        graph.Window(7, 2, (3, 3)),
+        graph.Window(3, 2, (0, 1)),
+        graph.Window(1, 2),
+    ):
+        changed = rng.random((21, 17)) < 0.03
+        rows, columns = window.outputs(21), window.outputs(17)
+        padded = np.pad(changed, (window.padding, window.padding))
+        want = np.zeros((rows, columns), bool)
+        for i in range(rows):
+            for j in range(columns):
+                a, b = i * window.stride, j * window.stride
+                want[i, j] = padded[a : a + window.size, b : b + window.size].any()
+        got = changes.readers(jnp.asarray(changed), window)
+        np.testing.assert_array_equal(got, want)
+        tiles = np.asarray(changes.tiles(got, (4, 5))).reshape(changes.grid(rows, columns, (4, 5)))
+        for i in range(tiles.shape[0]):
+            for j in range(tiles.shape[1]):
+                assert tiles[i, j] == want[4 * i : 4 * i + 4, 5 * j : 5 * j + 5].any()
+
+
+def test_bad_input_leaves_the_state_as_it_was(basic, runner):
+    rng = np.random.default_rng(3)
+    frame = rng.standard_normal((*SIZE, 3)).astype(np.float32)
+    _, state, _ = runner.step(runner.init_state(), frame)
+    broken = frame.copy()
+    broken[3, 4, 0] = np.nan
+    other = stream.Stream(*basic[:2], (*SIZE, 3))
+    for bad, given, message in (
+        (frame[:-1], state, "frames of this stream have shape"),
+        (broken, state, "1 of the frame's 6240 values are not finite"),
+        (jnp.asarray(broken), state, "not finite"),
+        (frame, other.init_state(), "not one of this stream"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.step(given, bad)
+    _, state, tiles = runner.step(state, frame)
+    assert not np.asarray(tiles).any()  # it still knows the frame before
+    for step in (0.0, -0.1, np.nan):
+        maps = {**basic[1]["maps"], "stem": {**basic[1]["maps"]["stem"], "step": jnp.full(8, step)}}
+        with pytest.raises(ValueError, match=r"steps of stem must be > 0"):
+            stream.Stream(basic[0], {**basic[1], "maps": maps}, (*SIZE, 3))
+    with pytest.raises(ValueError, match="frame_shape must be"):
+        stream.Stream(*basic[:2], (*SIZE, 4))
+    with pytest.raises(ValueError, match="no map is named 'stm'"):
+        stream.Stream(*basic[:2], (*SIZE, 3), limits={"stm": 3})
+
+
+def test_fan_out_of_a_small_function():
+    def function(x, w):
+        y = fan_out.mark("a", x) @ w
+        return fan_out.mark("b", jax.nn.relu(y)).mean(0) @ w.T
+
+    fed = fan_out.operations(function, jnp.zeros((5, 3)), jnp.zeros((3, 4)))
+    assert fed == {"a": 5 * 3 * 4, "b": 4 * 3}
