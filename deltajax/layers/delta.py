@@ -15,6 +15,7 @@ from deltajax.layers.param import init_params
 from deltajax.ops import IMPLEMENTATIONS, delta_product, delta_product_step
 from deltajax.ops.delta_rule.api import may_use_kernels
 from deltajax.ops.over_mesh import over_mesh, spread_over
+from deltajax.ops.zero_state import zero_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def init(key: PRNGKeyArray, config: Config, d_model: int) -> dict:
 
 def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype: Any = jnp.float32) -> dict:
     """The state before the first token: its size does not depend on max_length."""
-    state = {"s": jnp.zeros((batch, config.value_heads, config.head_dim, config.value_dim), jnp.float32)}
+    state = {"s": zero_state((batch, config.value_heads, config.head_dim, config.value_dim), jnp.float32)}
     if config.conv_width:
         for name, dim in config.projected_dims.items():
             state[name] = jnp.zeros((batch, config.conv_width - 1, dim), dtype)

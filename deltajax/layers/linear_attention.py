@@ -13,6 +13,7 @@ from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
 from deltajax.ops.linear_attention import linear_attention, linear_attention_step
+from deltajax.ops.zero_state import zero_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def init(key: PRNGKeyArray, config: Config, d_model: int) -> dict:
 
 def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype: Any = jnp.float32) -> dict:
     """The state before the first token: its size does not depend on max_length."""
-    state = {"s": jnp.zeros((batch, config.num_heads, config.head_dim, config.value_dim), jnp.float32)}
+    state = {"s": zero_state((batch, config.num_heads, config.head_dim, config.value_dim), jnp.float32)}
     if config.conv_width:
         for name, dim in config.projected_dims.items():
             state[name] = jnp.zeros((batch, config.conv_width - 1, dim), dtype)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops.segments import segment_starts
+from deltajax.ops.zero_state import zero_state
 
 CHUNK = 64  # tokens whose scores are formed at once
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
@@ -67,7 +68,7 @@ def linear_attention(
         return total * state + written, state
 
     if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, v.shape[-1]), dtype)
+        initial_state = zero_state((batch, heads, key_dim, v.shape[-1]), dtype)
     total = jnp.broadcast_to(total, (batch, heads, chunks, 1, 1))
     each_chunk = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (written, total))
     state, states = jax.lax.scan(after, initial_state.astype(dtype), each_chunk)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from deltajax.ops.delta_rule import chunked, reference, sequence_parallel
 from deltajax.ops.manual_axes import vary_alike
 from deltajax.ops.segments import segment_starts
+from deltajax.ops.zero_state import zero_state
 from pallas_kernels import tpu
 
 # name -> f(q, k, v, beta, g, initial_state, *, scale) on checked arrays: k, v, beta with an R axis, g None or in
@@ -124,7 +125,7 @@ def _dispatch(q, k, v, beta, g, segment_ids, initial_state, *, scale, implementa
     (batch, _, _, key_dim), (heads, value_dim) = q.shape, v.shape[3:]
     dtype = _state_dtype(q, k, v, beta, g, initial_state)
     if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
+        initial_state = zero_state((batch, heads, key_dim, value_dim), dtype)
     if segment_ids is not None:
         g = _gate_with_resets(g, segment_starts(segment_ids, sequence_axis), beta, dtype)
     arguments = vary_alike(q, k, v, beta, g, initial_state.astype(dtype))
