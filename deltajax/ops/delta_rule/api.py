@@ -12,7 +12,7 @@ from deltajax.ops.delta_rule import chunked, reference, sequence_parallel
 from deltajax.ops.manual_axes import vary_alike
 from deltajax.ops.segments import segment_starts
 from deltajax.ops.zero_state import zero_state
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
 
 # name -> f(q, k, v, beta, g, initial_state, *, scale) on checked arrays: k, v, beta with an R axis, g None or in
 # [-inf, 0], initial_state present in the accumulation dtype. An implementation that cannot serve the shapes or the
@@ -21,6 +21,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.delta_product,
     "chunked": chunked.delta_product,
     "pallas_tpu": tpu.delta_product,
+    "pallas_gpu": gpu.delta_product,
 }
 
 # Tried in order when the caller names none.

@@ -1,0 +1,194 @@
+"""The chunked delta product as GPU kernels (Pallas on Mosaic GPU, for Hopper): `gpu_forward` and `gpu_backward` have them.
+
+Rows of keys and values go in blocks of 64; tokens, i.e. queries, in chunks of 64, which are R blocks. With S the state before a
+block and D_ij the gates of rows after j up to i, per head (arXiv 2406.06484, section 3.2; 2412.06464, section 3.3)::
+
+    A = strict_tril(beta_i (k_i . k_j) exp(D_ij))                                inverses: all blocks at once
+    V' = (I + A)^-1 beta (V - exp(D_i,start) K S)                                scan: block by block
+    S <- exp(D_end,start) S + K^T (exp(D_end,j) V')
+    O = scale (exp(D_t,start) Q S + P V'),   P_tj = (q_t . k_j) exp(D_tj)        outputs: all chunks at once
+
+V' does not depend on how rows are cut into blocks. So outputs may be read in chunks of 64 queries from the state that a chunk
+starts with, whatever R is: no product has fewer than 64 rows, and nothing that has to do with queries is padded.
+
+The backward keeps the inputs and, from the forward, the inverses, V' and the states in bfloat16. Only the cotangent of the
+state is recurrent, and it obeys a scan of the same form as the state, in reverse; the rest is again done for all
+blocks at once, before it (`outputs_backward`) and after (`rows_backward`).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax._src import config
+
+from pallas_kernels import gpu_backward, gpu_forward
+from pallas_kernels.gpu_common import ROWS
+
+SIZES = (64, 128, 256)  # of K and V; others are padded with zeros
+LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the work is cut; `for_shape` chooses.
+
+    columns: of the state (of V) that one CTA of the scans holds: 32 or 64. Fewer make more CTAs, each of which reads the keys.
+    stages: blocks of rows that a scan has in shared memory, 2 or more; the others than the current one are on their way.
+    output_columns: of O that one CTA of `outputs` computes: 64 or 128.
+    """
+
+    columns: int
+    stages: int
+    output_columns: int
+
+    def __post_init__(self):
+        """Check the ranges."""
+        for name, allowed in (("columns", (32, 64)), ("stages", (2, 3, 4)), ("output_columns", (64, 128))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)}")
+
+    @classmethod
+    def for_shape(cls, batch: int, value_heads: int, key_dim: int, value_dim: int) -> "Blocks":
+        """The scans fill 132 SMs if they can, with columns of 64 (half the reads of keys) where that is enough."""
+        wide = key_dim < 256 and batch * value_heads * value_dim // 64 >= 132
+        return cls(64 if wide else 32, 2 if key_dim == 256 else 3, min(128, value_dim))
+
+
+def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
+    """Delta product; arguments as `IMPLEMENTATIONS` in `deltajax.ops.delta_rule.api` says.
+
+    Raises:
+      NotImplementedError: not a Hopper GPU, inputs other than bfloat16, a state other than float32, channel gates, or K or V
+        over 256.
+    """
+    batch, length, steps, heads, value_dim = v.shape
+    key_dim = q.shape[-1]
+    if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
+        raise NotImplementedError(f"q, k and v must be bfloat16, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if initial_state.dtype != jnp.float32:
+        raise NotImplementedError(f"the state must be float32, got {initial_state.dtype}")
+    if g is not None and g.ndim == q.ndim:
+        raise NotImplementedError("channel gates (g of shape [B, T, HV, K]) have no GPU kernel yet")
+    if max(key_dim, value_dim) > SIZES[-1]:
+        raise NotImplementedError(f"K and V must be at most {SIZES[-1]}, got {key_dim} and {value_dim}")
+    _check_device()
+    key_pad, value_pad = (min(size for size in SIZES if size >= dim) - dim for dim in (key_dim, value_dim))
+    chunks = -(-length // ROWS)
+
+    def pad(x, *last):
+        """Tokens that change nothing up to whole chunks, and channels that change nothing."""
+        widths = [(0, 0)] * x.ndim
+        widths[1] = (0, chunks * ROWS - length)
+        if last:
+            widths[-1] = (0, last[0])
+        return jnp.pad(x, widths)
+
+    def by_block(x):
+        """[B, T, .., HV] -> float32 [B, blocks of 64, HV, 64]."""
+        x = pad(x.astype(jnp.float32))
+        return jnp.swapaxes(x.reshape(batch, -1, ROWS, heads), 2, 3)
+
+    def merged(x):
+        return x.reshape(batch, -1, *x.shape[3:])
+
+    beta = by_block(beta)
+    gates = None
+    if g is not None:
+        g = jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
+        # A row carries its token's gate if it is the token's first row, so that every decay is a sum of gates over rows.
+        gates = by_block(g), by_block(jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2))
+    constant = scale if isinstance(scale, int | float) else 1.0
+    o, state = _run(
+        pad(q, key_pad),
+        merged(pad(k, key_pad)),
+        merged(pad(v, value_pad)),
+        _operands(beta, gates, steps),
+        jnp.pad(initial_state, ((0, 0), (0, 0), (0, key_pad), (0, value_pad))),
+        constant,
+        Blocks.for_shape(batch, heads, key_dim + key_pad, value_dim + value_pad),
+    )
+    o, state = o[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
+    return (o if constant is scale else (o * scale).astype(v.dtype)), state
+
+
+def _check_device():
+    if config.pallas_tpu_interpret_mode_context_manager.value is not None:  # one switch for all of Pallas
+        return
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    kind = device.device_kind
+    if device.platform not in ("gpu", "cuda") or not any(
+        name in kind for name in ("H100", "H200", "H800", "H20", "GH200")
+    ):
+        raise NotImplementedError(f"the kernels are for Hopper GPUs (wgmma), and this is {kind!r}")
+
+
+def _operands(beta, gates, steps):
+    """(rows, weights, tokens) of the kernels, from beta [B, S, HV, 64] and gates: of tokens [B, C, HV, 64], of rows as beta.
+
+    Every decay is the exponential of a sum of gates.
+    """
+    if gates is None:
+        one = jnp.ones_like(beta)
+        return beta[..., None, :], jnp.stack([beta, -beta, one, one], axis=-2), one[:, ::steps, :, None]
+    of_tokens, of_rows = gates
+    later = jnp.pad(of_rows[..., 1:], [(0, 0)] * 3 + [(0, 1)])
+    to_end = jnp.exp(jnp.cumsum(later[..., ::-1], axis=-1)[..., ::-1])
+    from_start = jnp.exp(jnp.cumsum(of_rows, axis=-1))
+    total = jnp.broadcast_to(from_start[..., -1:], from_start.shape)
+    weights = jnp.stack([beta, -beta * from_start, to_end, total], axis=-2)
+    tokens = jnp.stack([jnp.exp(jnp.cumsum(of_tokens, axis=-1)), of_tokens], axis=-2)
+    return jnp.stack([beta, of_rows], axis=-2), weights, tokens
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _run(q, k, v, operands, state, scale, blocks):
+    """(o, last state) from whole chunks: q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], state [B, HV, K, V]."""
+    return _run_forward(q, k, v, operands, state, scale, blocks)[0]
+
+
+def _run_forward(q, k, v, operands, state, scale, blocks):
+    rows, weights, tokens = operands
+    inverses = gpu_forward.inverses(k, rows)
+    cut = {"columns": blocks.columns, "stages": blocks.stages}
+    v_new, states, last = gpu_forward.scan(k, v, inverses, weights, state, **cut, reverse=False)
+    o = gpu_forward.outputs(q, k, v_new, states, tokens, scale=scale, columns=blocks.output_columns)
+    return (o, last), (q, k, v, operands, inverses, v_new, states)
+
+
+def _run_backward(scale, blocks, residuals, cotangents):
+    q, k, v, (rows, weights, tokens), inverses, v_new, states = residuals
+    do, dlast = cotangents
+    dq, dk, dv_new, dstarts, dfrom_start, over_rows, over_tokens = gpu_backward.outputs_backward(
+        q, k, v_new, states, tokens, do, scale=scale
+    )
+    w_in, _, w_out, total = jnp.moveaxis(weights, -2, 0)
+    reverse_weights = jnp.stack([jnp.ones_like(w_in), w_out, weights[..., 1, :], total], axis=-2)
+    cut = {"columns": blocks.columns, "stages": blocks.stages}
+    dsolved, dstates, dstate = gpu_forward.scan(
+        k, dv_new, inverses, reverse_weights, dlast, **cut, reverse=True, extra=dstarts
+    )
+    dk_rows, dv, of_rows = gpu_backward.rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights)
+    drows, dweights, dtokens = of_rows[..., 4:5, :], of_rows[..., :4, :], dfrom_start[..., None, :]
+    if rows.shape[-2] > 1:
+        over_tokens = over_tokens.swapaxes(2, 3).reshape(*tokens.shape[:2], ROWS, -1, tokens.shape[2]).sum(3)
+        of_gates = _gates_met(over_rows, over_tokens.swapaxes(2, 3))
+        dtokens = jnp.stack([dfrom_start, of_gates], axis=-2)
+        drows = jnp.stack([of_rows[..., 4, :], _gates_met(of_rows[..., 5, :], of_rows[..., 6, :])], axis=-2)
+    dq, dk = _per_key_head(q, dq), _per_key_head(k, dk, dk_rows)
+    return dq, dk, dv, (drows, dweights, dtokens), dstate
+
+
+def _gates_met(by_query, by_key):
+    """Cotangents of gates s from sums of d(exp D_ij) exp D_ij over j, and over i: a pair meets the gates j < s <= i."""
+    return jnp.cumsum((by_query - by_key)[..., ::-1], axis=-1)[..., ::-1]
+
+
+def _per_key_head(like, *cotangents):
+    """The sum of arrays and over the value heads of each key head."""
+    shape = (*like.shape[:3], -1, like.shape[3])
+    return sum(x.astype(jnp.float32).reshape(shape).sum(3) for x in cotangents).astype(like.dtype)
+
+
+_run.defvjp(_run_forward, _run_backward)

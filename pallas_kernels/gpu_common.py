@@ -1,0 +1,105 @@
+"""What the GPU kernels are written in: grids, products of references, sums of gates, writes through shared memory.
+
+One CTA is one warpgroup. Every product is a `wgmma` of bfloat16 operands in shared memory, summed in float32. "In parts" means
+as a sum of two bfloat16 arrays, 16 bits: it is used wherever an error would stay in the state.
+
+Shapes, in all these files: the tokens T are whole chunks of 64, their T R rows of keys and values whole blocks of 64 rows. B
+batch, H key heads, HV value heads, C = T / 64 chunks, S = T R / 64 blocks.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # the rows of one wgmma, of a block and of a chunk
+bf16, f32 = jnp.bfloat16, jnp.float32
+
+
+def call(body, name, inputs, outputs, grid, scratch):
+    """Runs `body(indices of the CTA, refs of inputs, of outputs, *scratch)`; grid: axis name -> size, the last runs fastest."""
+
+    def kernel(*refs):
+        refs, scratch = refs[: len(inputs) + len(outputs)], refs[len(inputs) + len(outputs) :]
+        cta = [jax.lax.axis_index(axis) for axis in grid]
+        body(cta, refs[: len(inputs)], refs[len(inputs) :], *scratch)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        kernel_name=f"delta_product_{name}",
+        scratch_types=scratch,
+    )(*inputs)
+
+
+def rows_of(index, count=ROWS):
+    return pl.ds(index * count, count)
+
+
+def square(*shape, dtype=bf16):
+    return plgpu.SMEM((*shape, ROWS, ROWS), dtype)
+
+
+def transposed(ref):
+    return ref.transpose((1, 0))
+
+
+def products(*pairs):
+    """The sum of the products of pairs of references, in float32."""
+
+    def accumulate(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(accumulate, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), f32))
+
+
+def put_parts(ref, x):
+    """X in parts, to ref[0] and ref[1]."""
+    head = x.astype(bf16)
+    ref[0] = head
+    ref[1] = (x - head.astype(f32)).astype(bf16)
+
+
+def writer(*stages):
+    """write(x, target): x [64, 64] to global memory, through shared memory, each time another of the stages."""
+    turns = itertools.cycle(stages)
+
+    def write(x, target):
+        stage = next(turns)
+        plgpu.wait_smem_to_gmem(len(stages) - 1, wait_read_only=True)
+        stage[...] = x.astype(bf16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stage, target)
+
+    return write
+
+
+def row_and_column():
+    return (plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), axis) for axis in (0, 1))
+
+
+def along_rows(vector, columns=ROWS):
+    """One entry of the vector for each row."""
+    return jax.lax.broadcast_in_dim(vector, (vector.shape[0], columns), (0,))
+
+
+def put_prefix_mask(ref):
+    i, s = row_and_column()
+    ref[...] = jnp.where(s <= i, 1.0, 0.0).astype(bf16)
+
+
+def decays_between(gates, begins, mask, parts):
+    """exp of the sums over s <= i of gates[s] where begins(s, j): [64, 64], by products with a mask, so that sums stay sums.
+
+    gates: a vector reference; mask: shared memory with 1 where s <= i; parts: shared memory to work in.
+    """
+    s, j = row_and_column()
+    put_parts(parts, jnp.where(begins(s, j), along_rows(gates[...]), 0.0))
+    plgpu.commit_smem()
+    return jnp.exp(products((mask, parts.at[0]), (mask, parts.at[1])))

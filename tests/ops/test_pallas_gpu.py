@@ -1,0 +1,110 @@
+"""The GPU kernels: numbers and races in Mosaic GPU's interpreter; lowered for an H100 that is not there."""
+
+import contextlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from delta_rule_cases import NAMES, compare, draw
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from deltajax.ops import delta_product
+from pallas_kernels import gpu
+
+H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+@contextlib.contextmanager
+def interpreted():
+    """A race raises, and so does reading what was never written: it is nan."""
+    with jax.enable_x64(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "steps", "heads", "value_heads", "key_dim", "value_dim", "gate", "beta", "cosine", "segmented"),
+    [
+        (2, 70, 1, 1, 1, 64, 64, "scalar", None, 0.0, False),
+        (1, 40, 3, 1, 2, 40, 24, "scalar", None, 0.0, True),
+        (1, 200, 1, 1, 1, 64, 64, "strong", 2.0, 0.95, False),
+        (1, 30, 4, 1, 1, 128, 128, None, 2.0, 0.5, False),
+    ],
+)
+def test_against_the_reference(
+    batch, length, steps, heads, value_heads, key_dim, value_dim, gate, beta, cosine, segmented
+):
+    segments = jnp.asarray(np.arange(length) // 7)[None] if segmented else None
+    with interpreted():
+        sizes = (batch, length, steps, heads, value_heads, key_dim, value_dim)
+        arguments = draw(1, *sizes, gate, beta, cosine, "bfloat16")
+        compare(arguments, "pallas_gpu", 1e-2, 2e-2, segment_ids=segments)
+
+
+def shapes(length, steps, heads, value_heads, key_dim, value_dim, gate, dtype="bfloat16"):
+    sizes = [(heads, key_dim), (steps, heads, key_dim), (steps, value_heads, value_dim), (steps, value_heads)]
+    arguments = [jax.ShapeDtypeStruct((1, length, *size), dtype) for size in sizes]
+    per_gate = {"channel": (value_heads, key_dim), "scalar": (value_heads,)}
+    if gate:
+        arguments.append(jax.ShapeDtypeStruct((1, length, *per_gate[gate]), "float32"))
+    return arguments
+
+
+def lower(arguments, vmapped=False):
+    """The gradient's program for CUDA, as text."""
+
+    def loss(*arguments):
+        o, state = delta_product(*arguments, implementation="pallas_gpu")
+        return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(state)
+
+    gradient = jax.value_and_grad(loss, argnums=range(len(arguments)))
+    if vmapped:
+        gradient = jax.vmap(gradient)
+        arguments = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in arguments]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)):
+        return jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "vmapped"),
+    [
+        (shapes(8192, 1, 16, 16, 128, 128, "scalar"), False),
+        (shapes(100, 3, 2, 4, 64, 40, None), True),
+        (shapes(2048, 2, 8, 8, 256, 256, "scalar"), False),
+    ],
+)
+def test_lowers_for_an_h100(arguments, vmapped):
+    text = lower(arguments, vmapped)
+    kernels = ("inverses", "scan", "outputs", "outputs_backward", "backward_scan", "rows_backward")
+    found = set(re.findall(r"delta_product_(\w+)", text))
+    assert set(kernels) <= found, found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (shapes(9, 1, 1, 1, 64, 64, None, "float32"), "bfloat16, got float32"),
+        (shapes(9, 1, 1, 1, 64, 64, "channel"), "channel gates"),
+        (shapes(9, 1, 1, 1, 64, 300, None), "at most 256, got 64 and 300"),
+    ],
+)
+def test_what_has_no_kernel_says_so(arguments, message):
+    with pytest.raises(NotImplementedError, match=f"pallas_gpu: .*{message}"):
+        lower(arguments)
+
+
+def test_elsewhere_the_chunked_form_serves():
+    a = draw(7, 1, 9, 1, 1, 1, 8, 8, dtype="bfloat16")
+    tokens = [a[name] for name in NAMES[:4]]
+    with pytest.raises(NotImplementedError, match=r"pallas_gpu: the kernels are for Hopper GPUs .* 'cpu'"):
+        delta_product(*tokens, implementation="pallas_gpu")
+    either, chunked = (delta_product(*tokens, implementation=x) for x in (("pallas_gpu", "chunked"), "chunked"))
+    np.testing.assert_array_equal(either[0], chunked[0])
+
+
+def test_blocks_check_their_ranges():
+    assert gpu.Blocks.for_shape(1, 16, 128, 128).columns == 32  # 64 CTAs rather than 32
+    assert gpu.Blocks.for_shape(8, 16, 128, 128).columns == 64
+    with pytest.raises(ValueError, match="stages must be one of"):
+        gpu.Blocks(columns=64, stages=1, output_columns=128)
