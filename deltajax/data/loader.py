@@ -8,7 +8,9 @@ from typing import Any, Protocol, SupportsIndex
 import grain
 import numpy as np
 
+from deltajax.data.selection import SelectedBatches
 from deltajax.data.tokenizer import Tokenizer
+from deltajax.hard_batches import Selection, Shuffled
 
 Batch = dict[str, np.ndarray]  # [rows of this process, L] each
 
@@ -43,6 +45,8 @@ class Dataset:
       bytes_per_target: bytes over targets in the validation documents; None: not made of text. Mean loss in
         nats over (ln 2 * bytes_per_target) is bits per byte: exact over the whole validation split for any
         tokenizer, over any part of it for the byte tokenizer, whose value is 1.
+      augment: (training example, random generator) -> example, another one each time; None: as they are.
+      selection: which examples the next update learns from.
       evaluations: further sets by name, scored when the run ends; each with shapes of its own.
       fingerprint: differs where the data differ, to tell on resume; "": not known.
     """
@@ -58,20 +62,54 @@ class Dataset:
     tokenizer: Tokenizer | None = None
     validation_text: bytes = b""
     bytes_per_target: float | None = None
+    augment: Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]] | None = None
+    selection: Selection = dataclasses.field(default_factory=Shuffled)
     evaluations: Mapping[str, Source] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
 
-    def train_iterator(self, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
+    def train_iterator(
+        self,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        updates: int = 0,
+        score: Callable[[Batch], np.ndarray] | None = None,
+    ) -> grain.DatasetIterator[Batch] | SelectedBatches:
         """Endless batches: the rows of this process, a contiguous slice of each global batch.
 
-        The examples are shuffled anew each epoch; a batch may span two epochs, so none is dropped. The state,
-        `{"next_index": step}`, is the same on every process and for every number of processes.
+        Without selection the examples are shuffled anew each epoch; a batch may span two epochs, so none is dropped. The
+        state, `{"next_index": step}`, is the same on every process and for every number of processes. With a selection
+        the policy decides, and `SelectedBatches.observe` must follow every batch.
+
+        Args:
+          process_index, process_count: of the readers of a batch.
+          updates: of the whole run, for policies that divide it into phases.
+          score: this process' rows -> losses of all examples of the batch, for policies that score candidates.
 
         Raises:
-          ValueError: batch_size is not divisible by process_count, or process_index is out of range.
+          ValueError: batch_size is not divisible by process_count, process_index is out of range, or the policy does not
+            fit the data.
         """
-        examples = grain.MapDataset.source(self.train).seed(self.seed).shuffle().repeat()
-        return self._batches(examples.__getitem__, sys.maxsize, process_index, process_count)
+        if isinstance(self.selection, Shuffled):
+            examples = grain.MapDataset.source(self.train).seed(self.seed).shuffle().repeat()
+            augmented = examples.__getitem__ if self.augment is None else lambda i: self._augmented(examples[i], i)
+            return self._batches(augmented, sys.maxsize, process_index, process_count)
+        rows = self._rows(process_index, process_count)
+
+        def unavailable(batch: Batch) -> np.ndarray:
+            raise ValueError(f"train_iterator: {type(self.selection).__name__} needs a function that scores batches")
+
+        return SelectedBatches(
+            self.selection,
+            num_examples=len(self.train),
+            batch_size=self.batch_size,
+            updates=updates,
+            seed=self.seed,
+            rows=slice(process_index * rows, (process_index + 1) * rows),
+            make=lambda update, indices: _stack([self._augmented(self.train[i], update, i) for i in indices]),
+            score=score or unavailable,
+            read_options=READ_OPTIONS,
+        )
 
     def validation_batches(
         self,
@@ -106,17 +144,27 @@ class Dataset:
     def _batches(
         self, example: Callable[[int], Any], num_batches: int, process_index: int, process_count: int
     ) -> grain.DatasetIterator[Batch]:
+        rows = self._rows(process_index, process_count)
+
+        def batch(step: int) -> Batch:
+            first = step * self.batch_size + process_index * rows
+            return _stack([example(i) for i in range(first, first + rows)])
+
+        return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(READ_OPTIONS))
+
+    def _rows(self, process_index: int, process_count: int) -> int:
+        """Rows of a batch that each process reads."""
         if not 0 <= process_index < process_count:
             raise ValueError(
                 f"process_index: got {process_index}; allowed: 0 to process_count - 1 = {process_count - 1}"
             )
         if self.batch_size % process_count:
             raise ValueError(f"batch_size: {self.batch_size} is not divisible by the {process_count} processes")
-        rows = self.batch_size // process_count
+        return self.batch_size // process_count
 
-        def batch(step: int) -> Batch:
-            first = step * self.batch_size + process_index * rows
-            examples = [example(i) for i in range(first, first + rows)]
-            return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    def _augmented(self, example: dict[str, np.ndarray], *when: int) -> dict[str, np.ndarray]:
+        return example if self.augment is None else self.augment(example, np.random.default_rng((self.seed, *when)))
 
-        return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(READ_OPTIONS))
+
+def _stack(examples: list[dict[str, np.ndarray]]) -> Batch:
+    return {name: np.stack([x[name] for x in examples]) for name in examples[0]}

@@ -13,6 +13,7 @@ from deltajax.data.loader import Dataset
 from deltajax.data.packing import Documents, FullWindows, PackedWindows
 from deltajax.data.tokenizer import Tokenizer, load_tokenizer
 from deltajax.errors import check_integers
+from deltajax.hard_batches import Selection, Shuffled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Config:
       lengths: evaluation sets `length_<n>`, scored when the run ends: windows of n predictions within one held-out
         document each, for the loss by position.
       evaluation_windows: in each of these at most.
+      selection: which windows the next update learns from, see `hard_batches`.
 
     Raises:
       ValueError: a field is out of its range.
@@ -42,6 +44,7 @@ class Config:
     validation_fraction: float = 0.05
     lengths: tuple[int, ...] = ()
     evaluation_windows: int = 128
+    selection: Selection = dataclasses.field(default_factory=Shuffled)
 
     def __post_init__(self):
         """Check every field."""
@@ -60,6 +63,8 @@ class Config:
         value = self.validation_fraction
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise ValueError(f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded")
+        if not isinstance(self.selection, Selection):
+            raise ValueError(f"selection: got {self.selection!r}; allowed: a policy of hard_batches")
 
 
 def load(config: Config) -> Dataset:
@@ -96,6 +101,7 @@ def load(config: Config) -> Dataset:
         vocab_size=tokenizer.vocab_size,
         batch_size=config.batch_size,
         seed=config.seed,
+        selection=config.selection,
         tokenizer=tokenizer,
         validation_text=text,
         bytes_per_target=len(text) / int(np.sum(validation.lengths - 1)),

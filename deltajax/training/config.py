@@ -29,18 +29,18 @@ def _require_all(config: Any, allowed: str, accept: Any, *keys: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW, or Muon for the weight matrices and AdamW for everything else.
+    """AdamW, or Muon for the weight matrices and AdamW for everything else, or stochastic gradient descent.
 
     Attributes:
-      name: "adamw" (arXiv 1711.05101) or "muon" (arXiv 2502.16982; its update scale suits AdamW's rates).
+      name: "adamw" (arXiv 1711.05101), "muon" (arXiv 2502.16982; its update scale suits AdamW's rates) or "sgd".
       learning_rate: the schedule's peak.
       weight_decay: multiplied by the learning rate; parameters whose spec says `weight_decay=False` are exempt.
       b1, b2, eps: Adam's moments.
-      momentum: Muon's.
+      momentum: Muon's (Nesterov's) and that of "sgd" (heavy ball).
       clip_norm: largest global gradient norm; None: no clipping.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     b1: float = 0.9
@@ -51,7 +51,7 @@ class Optimizer:
 
     def __post_init__(self):
         """Check ranges."""
-        require(self.name in ("adamw", "muon"), "name", self.name, "one of adamw, muon")
+        require(self.name in ("adamw", "muon", "sgd"), "name", self.name, "one of adamw, muon, sgd")
         _require_all(self, "> 0 and finite", lambda x: 0 < x < math.inf, "learning_rate", "eps")
         _require_all(self, ">= 0 and finite", lambda x: 0 <= x < math.inf, "weight_decay")
         _require_all(self, "in [0, 1)", lambda x: 0 <= x < 1, "b1", "b2", "momentum")

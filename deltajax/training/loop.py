@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from deltajax import data
+from deltajax.data.selection import SelectedBatches
 from deltajax.errors import RunError
+from deltajax.hard_batches import ExamplePolicy
 from deltajax.layers.param import count_params
 from deltajax.models import registry
 from deltajax.training import activation_log, metrics, optimizer, sampling, serialize
@@ -59,6 +61,7 @@ def make_step(config: TrainConfig) -> Step:
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
     mesh_lib.check_sequence(getattr(config.data, "seq_len", None), mesh)
+    by_example = isinstance(getattr(config.data, "selection", None), ExamplePolicy)
     return _make_step(
         config.model,
         config.optimizer,
@@ -67,16 +70,19 @@ def make_step(config: TrainConfig) -> Step:
         config.mesh,
         config.grad_accumulation,
         config.probes.sequences,
+        by_example,
     )
 
 
 @functools.lru_cache(maxsize=1)  # a process that trains several seeds one after the other compiles once
-def _make_step(model, optimizer_config, schedule_config, steps, mesh_config, grad_accumulation, sequences) -> Step:
+def _make_step(
+    model, optimizer_config, schedule_config, steps, mesh_config, grad_accumulation, sequences, by_example
+) -> Step:
     mesh = mesh_lib.make_mesh(mesh_config)
     schedule = optimizer.make_schedule(schedule_config, optimizer_config.learning_rate, steps)
     specs = registry.module_of(model).param_specs(model)
     tx = optimizer.make_optimizer(optimizer_config, schedule, specs)
-    return Step(model, tx, schedule, mesh, grad_accumulation, sequences)
+    return Step(model, tx, schedule, mesh, grad_accumulation, sequences, by_example)
 
 
 class Run:
@@ -95,7 +101,7 @@ class Run:
         self.compiled = step
         text = dataset.bytes_per_target
         self.bits_per_nat = None if text is None else 1 / (math.log(2) * text)  # bits per byte for one nat per target
-        self.iterator = dataset.train_iterator(*step.reading_group)
+        self.iterator = dataset.train_iterator(*step.reading_group, updates=config.steps, score=self._score_batch)
         self.best_loss = math.inf
         self.step = 0
         if restored:
@@ -114,6 +120,7 @@ class Run:
         self.writer = metrics.Writer(workdir, self.step)
         self.activations = activation_log.Writer(workdir, self.step)
         self.progress = metrics.Progress(self.step, config.steps)
+        self.seconds = progress.get("seconds", 0.0) if restored else 0.0  # of training, without evaluations
         self._clock, self._weight = time.perf_counter(), 0.0
 
     def close(self) -> None:
@@ -135,6 +142,8 @@ class Run:
                         self.state, *values = self.compiled.train_probed(self.state, batch)
                     else:
                         self.state, *values = self.compiled.train(self.state, batch)
+                if isinstance(self.iterator, SelectedBatches):
+                    values[0] = self._give_back(self.iterator, values[0])
                 # 2. While it computes, read the step before.
                 if unread is not None:
                     self._report(self.step, *unread)
@@ -163,7 +172,10 @@ class Run:
         if not any(row["step"] == self.step and "validation_loss" in row for row in metrics.read_rows(self.workdir)):
             self._evaluate()  # the run was stopped between its last evaluation and what is now its last step
         rows = metrics.read_rows(self.workdir)
-        result: dict[str, Any] = {"steps": self.step}
+        result: dict[str, Any] = {"steps": self.step, "examples": self.step * self.dataset.batch_size}
+        if isinstance(self.iterator, SelectedBatches):
+            result["examples_scored"] = self.iterator.scored
+        result["seconds"] = self.seconds
         result |= {k: v for row in rows for k, v in row.items() if k.startswith(("validation_", "bits_per_byte"))}
         if self.dataset.validation_text:
             result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
@@ -211,6 +223,7 @@ class Run:
             return row["streak"]
         now = time.perf_counter()
         speed = self._weight / (now - self._clock)
+        self.seconds += now - self._clock
         self._clock, self._weight = now, 0.0
         self.writer.write(step, **row, **{f"{self.dataset.unit}_per_second": speed})
         self.progress.update(step, row["loss"], f"{speed:,.0f} {self.dataset.unit}/s{self._shown(row)}")
@@ -241,6 +254,16 @@ class Run:
         values = {name: row.get(name, row.get(f"validation_{name}")) for name in names}
         return "".join(f", {name} {value:.3f}" for name, value in values.items() if value is not None)
 
+    def _score_batch(self, batch: data.Batch) -> np.ndarray:
+        """Loss of every example of a batch of candidates, by the model as it is now."""
+        return jax.device_get(self.compiled.score(self.state.params, self.state.stats, self.compiled.put(batch)))
+
+    def _give_back(self, iterator: SelectedBatches, values: dict[str, Any]) -> dict[str, Any]:
+        """Tell the selection the losses, which it reads when it needs them; the metrics that remain, and its costs."""
+        losses = values.pop("example_losses") if iterator.by_example else values["loss"]
+        iterator.observe(lambda: jax.device_get(losses))
+        return {**values, "examples_scored": iterator.scored}
+
     def _score(self, name: str) -> dict[str, np.ndarray]:
         """Sums over an evaluation set, in float64: one per position, or one in all if the model knows no positions."""
         evaluate = self.compiled.evaluate_positions or self.compiled.evaluate
@@ -263,6 +286,7 @@ class Run:
 
     def _save(self, loss: float | None) -> None:
         progress = {"iterator": self.iterator.get_state(), "best_loss": self.best_loss, **self._identities()}
+        progress["seconds"] = self.seconds + time.perf_counter() - self._clock
         self.checkpoints.save(self.step, self.state, self.config, progress, loss)
 
     def _identities(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""AdamW and Muon as Optax chains, their schedule, and which parameters each rule touches."""
+"""AdamW, Muon and gradient descent as Optax chains, their schedule, and which parameters each rule touches."""
 
 import math
 from typing import Any
@@ -32,12 +32,15 @@ def make_schedule(config: config_lib.Schedule, peak: float, steps: int) -> optax
 def make_optimizer(
     config: config_lib.Optimizer, schedule: optax.Schedule, specs: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip, precondition (Adam, or Muon where it applies), decay, scale by the learning rate.
+    """Clip, precondition (Adam, Muon where it applies, or momentum), decay, scale by the learning rate.
 
     Args:
       specs: tree of ParamSpec; says what is decayed and what Muon takes.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    direction: Any = adam
+    if config.name == "sgd":
+        direction = optax.trace(config.momentum)
     if config.name == "muon":
         dimensions = jax.tree.map(_muon_dimensions, specs, is_leaf=is_spec)
         labels = jax.tree.map(lambda d: "adam" if _is_masked(d) else "muon", dimensions, is_leaf=_is_dimensions)
@@ -45,9 +48,7 @@ def make_optimizer(
             contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
             _scale_to_rms(dimensions),
         )
-        direction: Any = optax.partition({"muon": muon, "adam": adam}, labels)
-    else:
-        direction = adam
+        direction = optax.partition({"muon": muon, "adam": adam}, labels)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         direction,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
+_CHOICE = ""  # in the tree of overrides: the text given for a group itself
 
 
 def apply(config: Any, overrides: Mapping[str, str], prefix: str = "config") -> Any:
@@ -16,7 +18,9 @@ def apply(config: Any, overrides: Mapping[str, str], prefix: str = "config") -> 
     All overrides of one dataclass are applied together, so its checks see only the final values.
 
     Args:
-      config: a frozen dataclass; its fields may hold dataclasses and mappings of them.
+      config: a frozen dataclass; its fields may hold dataclasses and mappings of them. A field whose annotation is a union of
+        dataclasses takes the name of one of them in lower case (`HardBatches`: "hard_batches"), which puts that one's
+        defaults there; keys below it are applied to these.
       overrides: path -> text; the text is read as the field's annotated type.
       prefix: what precedes every path in messages.
 
@@ -28,12 +32,9 @@ def apply(config: Any, overrides: Mapping[str, str], prefix: str = "config") -> 
         *groups, leaf = path.split(".")
         node = tree
         for group in groups:
-            node = node.setdefault(group, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"--{prefix}.{path}: a key of this path is also given a value itself")
-        if isinstance(node.get(leaf), dict):
-            raise ValueError(f"--{prefix}.{path}: keys below this path are also given values")
-        node[leaf] = text
+            below = node.setdefault(group, {})
+            node[group] = node = below if isinstance(below, dict) else {_CHOICE: below}
+        node[leaf] = {**node[leaf], _CHOICE: text} if isinstance(node.get(leaf), dict) else text
     return _replace(config, tree, prefix)
 
 
@@ -56,6 +57,13 @@ def _replace(node: Any, tree: Mapping[str, Any], path: str) -> Any:
         if key not in children:
             raise ValueError(_unknown_key(where, key, node, children))
         value = children[key]
+        variants = _variants(hints.get(key))
+        choice = text.get(_CHOICE) if isinstance(text, dict) else text if variants else None
+        if choice is not None:
+            if not variants:
+                raise ValueError(f"--{where}={choice}: keys below this path are also given values")
+            value = _choose(variants, choice, where)
+            text = {k: v for k, v in text.items() if k != _CHOICE} if isinstance(text, dict) else {}
         if isinstance(text, dict):
             if not _is_group(value):
                 raise ValueError(f"--{where}.{next(iter(text))}: {where} is a value ({value!r}), it has no keys")
@@ -74,12 +82,26 @@ def _replace(node: Any, tree: Mapping[str, Any], path: str) -> Any:
         raise ValueError(f"{' '.join(_given(tree, path)) or '--' + path}: {error}") from error
 
 
+def _variants(hint: Any) -> dict[str, type]:
+    """Name -> dataclass, for a union of several dataclasses; else nothing."""
+    classes = [c for c in typing.get_args(hint) if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", c.__name__).lower(): c for c in classes} if len(classes) > 1 else {}
+
+
+def _choose(variants: Mapping[str, type], name: str, where: str) -> Any:
+    if name not in variants:
+        nearest = difflib.get_close_matches(name, variants, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"--{where}={name}: must be one of {', '.join(variants)}{hint}")
+    return variants[name]()
+
+
 def _given(tree: Mapping[str, Any], path: str) -> Iterator[str]:
     for key, text in tree.items():
         if isinstance(text, dict):
             yield from _given(text, f"{path}.{key}")
         else:
-            yield f"--{path}.{key}={text}"
+            yield f"--{path}.{key}={text}" if key != _CHOICE else f"--{path}={text}"
 
 
 def _is_group(value: Any) -> bool:

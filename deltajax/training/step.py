@@ -54,16 +54,30 @@ def gradients(
     key: PRNGKeyArray,
     microbatches: int,
     probed_sequences: int = 0,
+    by_example: bool = False,
 ) -> tuple[Any, Sums, Any, dict[str, Array]]:
     """(gradient of the mean loss, the model's sums, its statistics, what probes saw) over the whole global batch.
 
-    Sums are accumulated over microbatches and divided once, so the result does not depend on how weights are spread.
+    Sums are accumulated over microbatches and divided once, so the result does not depend on how weights are spread. A
+    batch with "rescale" [B] multiplies the examples' weights by it, but the gradient is still divided by the weights as
+    they were: the estimate of the whole data's gradient that `hard_batches.InfoBatch` wants.
 
     Args:
       probed_sequences: of each microbatch, for `with_statistics` of the activations of this very forward pass; 0: no probes.
+      by_example: the sums get "example_losses" [B], the mean loss of each example: for any model the loss' derivatives by
+        the weights.
     """
+    unscaled = jnp.float32(1)
+    if "rescale" in batch:
+        weights, factors = batch["weights"], batch["rescale"]
+        scaled = weights * factors.reshape(-1, *[1] * (weights.ndim - 1))
+        unscaled = jnp.sum(scaled) / jnp.maximum(jnp.sum(weights), 1)
+        batch = {k: x for k, x in batch.items() if k != "rescale"} | {"weights": scaled}
 
-    def loss(params, stats, batch, key):
+    def loss(variables, stats, batch, key):
+        params, weights = variables
+        batch = {**batch, **weights}
+
         def sums_of(params, stats, batch):
             return registry.module_of(model).loss_sums(params, stats, model, batch, key=key, train=True)
 
@@ -73,9 +87,13 @@ def gradients(
         (sums, stats), seen = with_statistics(sums_of, probed_sequences)(params, stats, batch)
         return sums["loss"], (sums, stats, seen)
 
-    differentiate = jax.grad(loss, has_aux=True)
+    def differentiate(params, stats, batch, key):
+        weights = {"weights": batch["weights"]} if by_example else {}
+        (grads, by_weight), (sums, stats, seen) = jax.grad(loss, has_aux=True)((params, weights), stats, batch, key)
+        return (grads, sums), stats, seen, by_weight
+
     if microbatches == 1:
-        grads, (sums, stats, seen) = differentiate(params, stats, batch, key)
+        (grads, sums), stats, seen, by_weight = differentiate(params, stats, batch, key)
     else:
         # Every microbatch takes rows from every device's block, so splitting moves no data.
         split = {k: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
@@ -83,16 +101,24 @@ def gradients(
         def accumulate(carry, x):
             total, stats = carry
             microbatch, n = x
-            grads, (sums, stats, seen) = differentiate(params, stats, microbatch, jax.random.fold_in(key, n))
-            return (jax.tree.map(jnp.add, total, (grads, sums)), stats), seen
+            found, stats, *rest = differentiate(params, stats, microbatch, jax.random.fold_in(key, n))
+            return (jax.tree.map(jnp.add, total, found), stats), rest
 
-        shapes, (sums_shape, _, _) = jax.eval_shape(
-            differentiate, params, stats, {k: x[0] for k, x in split.items()}, key
-        )
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, sums_shape))
-        ((grads, sums), stats), seen = jax.lax.scan(accumulate, (zeros, stats), (split, jnp.arange(microbatches)))
-        seen = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1), seen)
-    return jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1), grads), sums, stats, seen
+        shapes, *_ = jax.eval_shape(differentiate, params, stats, {k: x[0] for k, x in split.items()}, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        ((grads, sums), stats), rest = jax.lax.scan(accumulate, (zeros, stats), (split, jnp.arange(microbatches)))
+        seen = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1), rest[0])
+        by_weight = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rest[1])
+    if by_example:
+        sums = sums | {"example_losses": _by_example(by_weight["weights"], batch["weights"])}
+    count = jnp.maximum(sums["weight"], 1) / unscaled
+    return jax.tree.map(lambda g: g / count, grads), sums, stats, seen
+
+
+def _by_example(losses: Float[Array, "B ..."], weights: Float[Array, "B ..."]) -> Float[Array, "B"]:
+    """Weighted mean of each row."""
+    rows = (len(weights), -1)
+    return (losses * weights).reshape(rows).sum(1) / jnp.maximum(weights.reshape(rows).sum(1), 1e-9)
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +138,7 @@ class Step:
       train_probed: the same step, which also returns statistics of the residual stream after every block, of the activations of
         this very pass: see `with_statistics`, [blocks, sequences] each.
       evaluate: (params, stats, batch) -> the model's sums.
+      score: (params, stats, batch) -> mean loss [B] of each example, as in evaluation.
       evaluate_positions: the same with an axis of positions; None: the model's outputs have none.
     """
 
@@ -123,8 +150,14 @@ class Step:
         mesh: jax.sharding.Mesh,
         grad_accumulation: int = 1,
         probed_sequences: int = 10,
+        by_example: bool = False,
     ):
-        """Nothing is computed before the first call; what is never called is never compiled."""
+        """Nothing is computed before the first call; what is never called is never compiled.
+
+        Args:
+          probed_sequences: what `train_probed` measures, of each microbatch.
+          by_example: the training metrics get "example_losses" [B].
+        """
         whole = mesh_lib.replicated(mesh)
         within = functools.partial(mesh_lib.within, mesh)
         self.batch_sharding = mesh_lib.batch_sharding(mesh)
@@ -136,7 +169,7 @@ class Step:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
         self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
-        train = functools.partial(_train, model, optimizer, schedule, grad_accumulation)
+        train = functools.partial(_train, model, optimizer, schedule, grad_accumulation, by_example)
         self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = jax.jit(
             within(lambda state, batch: train(state, batch)[:2]),
             in_shardings=(self.shardings, self.batch_sharding),
@@ -151,6 +184,11 @@ class Step:
         )
         self.evaluate: Callable[[Any, Any, Batch], Sums] = jax.jit(
             within(functools.partial(_evaluate, model)),
+            in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
+            out_shardings=whole,
+        )
+        self.score: Callable[[Any, Any, Batch], Array] = jax.jit(
+            within(functools.partial(_score, model)),
             in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
         )
@@ -184,13 +222,14 @@ def _train(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     grad_accumulation: int,
+    by_example: bool,
     state: TrainState,
     batch: Batch,
     probed_sequences: int = 0,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Any]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, sums, stats, seen = gradients(
-        state.params, state.stats, model, batch, key, grad_accumulation, probed_sequences
+        state.params, state.stats, model, batch, key, grad_accumulation, probed_sequences, by_example
     )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
@@ -201,19 +240,28 @@ def _train(
     )
     skip = 1 - finite.astype(jnp.int32)
     metrics = {
-        **means(sums),
+        **means({name: x for name, x in sums.items() if name != "example_losses"}),
         "weight": sums["weight"],
         "grad_norm": norm,
         "learning_rate": schedule(state.step - state.skipped),
         "skipped": state.skipped + skip,
         "streak": (state.streak + 1) * skip,
     }
+    if by_example:
+        metrics["example_losses"] = sums["example_losses"]
     state = TrainState(params, stats, opt_state, state.rng, state.step + 1, metrics["skipped"], metrics["streak"])
     return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics), seen
 
 
 def _evaluate(model: Any, params: Any, stats: Any, batch: Batch) -> Sums:
     return registry.module_of(model).loss_sums(params, stats, model, batch, key=None, train=False)[0]
+
+
+def _score(model: Any, params: Any, stats: Any, batch: Batch) -> Float[Array, "B"]:
+    def loss(weights):
+        return _evaluate(model, params, stats, {**batch, "weights": weights})["loss"]
+
+    return _by_example(jax.grad(loss)(batch["weights"]), batch["weights"])
 
 
 def _state_shardings(shapes: TrainState, params: Any, whole: NamedSharding) -> TrainState:

@@ -1,0 +1,162 @@
+"""Batches that a policy of `hard_batches` chooses, from the losses that the trainer gives back."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from deltajax.errors import RunError
+from deltajax.hard_batches import BatchPolicy, Draw, ExamplePolicy
+
+Batch = dict[str, np.ndarray]
+Losses = Callable[[], np.ndarray]
+
+_GIVEN = ("updates", "irreducible")  # what the config says: not kept in checkpoints
+
+
+class SelectedBatches:
+    """An endless iterator of training batches; every process runs the same policy on the same losses.
+
+    After each batch `observe` takes what reads that batch's losses. They are read when the policy needs them: for
+    batches of a round, at its end. So the loop that calls it stays one step ahead of the device.
+
+    Attributes:
+      by_example: whether the policy wants a loss for every example, or one for the batch.
+      scored: examples that were scored without an update so far.
+    """
+
+    def __init__(
+        self,
+        policy: BatchPolicy | ExamplePolicy,
+        *,
+        num_examples: int,
+        batch_size: int,
+        updates: int,
+        seed: int,
+        rows: slice,
+        make: Callable[[int, np.ndarray], Batch],
+        score: Callable[[Batch], np.ndarray],
+        read_options: grain.ReadOptions,
+    ):
+        """Start before the first update.
+
+        Args:
+          policy: what chooses.
+          num_examples: of the training set.
+          batch_size: of the global batch.
+          updates: the run's, which some policies divide into phases.
+          seed: of a seeded composition.
+          rows: of a global batch that this process reads.
+          make: (update, indices of examples) -> batch of these.
+          score: rows of this process -> losses of all examples of the global batch, by the model as it is now.
+          read_options: of the threads that make batches ahead.
+
+        Raises:
+          ValueError: the policy does not fit the data.
+        """
+        self.policy, self.by_example, self.scored = policy, isinstance(policy, ExamplePolicy), 0
+        self._rows, self._make, self._score, self._read_options = rows, make, score, read_options
+        if isinstance(policy, ExamplePolicy):
+            self._state = policy.init(num_examples, batch_size, updates)
+        else:
+            if num_examples < batch_size:
+                raise ValueError(
+                    f"batch_size must be at most the {num_examples} examples of the training set, got {batch_size}"
+                )
+            self._state = policy.init(num_examples // batch_size)
+            seeded = policy.composition == "seeded"
+            order = np.random.default_rng(seed).permutation(num_examples) if seeded else np.arange(num_examples)
+            self._composition = order[: num_examples // batch_size * batch_size].reshape(-1, batch_size)
+        self._step = 0
+        self._planned: Iterator[tuple[Any, Batch]] = iter(())
+        self._open: list[tuple[Any, Losses]] = []  # trained on, losses not read yet
+        self._current: Any = None
+
+    def __iter__(self) -> "SelectedBatches":
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch to train on; `observe` must follow."""
+        if self._current is not None:
+            raise RuntimeError("observe the last batch first")
+        while True:
+            planned = next(self._planned, None)
+            if planned is None:
+                self._settle()
+                self._planned = self._plan()
+                continue
+            draw, batch = planned
+            if isinstance(draw, Draw) and draw.scored:
+                self._update(draw, self._score(batch))
+                self.scored += len(draw.examples)
+                continue
+            self._current = draw
+            return batch
+
+    def observe(self, losses: Losses) -> None:
+        """Take the losses of the last batch, before its update: of all examples in order, or of the batch (`by_example`)."""
+        self._open.append((self._current, losses))
+        self._current = None
+        self._step += 1
+
+    def get_state(self) -> dict[str, Any]:
+        """How to go on after the last observed batch, as JSON; waits for its losses."""
+        self._settle()
+        state = {name: _to_json(x) for name, x in self._state.items() if name not in _GIVEN}
+        return {"step": self._step, "scored": self.scored, "policy": type(self.policy).__name__, "state": state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `get_state` gave.
+
+        Raises:
+          ValueError: it is another policy's, or of other data.
+        """
+        fresh = self._state
+        if state.get("policy") != type(self.policy).__name__:
+            other = state.get("policy", "shuffled")
+            raise ValueError(f"data.selection: the checkpoint was made with {other}, not {type(self.policy).__name__}")
+        restored = {name: _from_json(x) for name, x in state["state"].items()}
+        for name in ("losses", "num_examples"):
+            if name in fresh and np.size(fresh[name]) != np.size(restored[name]):
+                raise ValueError(
+                    f"data.selection: the checkpoint's table has {np.size(restored[name])} losses, "
+                    f"the data {np.size(fresh[name])}"
+                )
+        self._state = restored | {name: fresh[name] for name in _GIVEN if name in fresh}
+        self._step, self.scored = state["step"], state["scored"]
+        self._planned, self._open, self._current = iter(()), [], None
+
+    def _plan(self) -> Iterator[tuple[Any, Batch]]:
+        """What is known of the future, made ahead by threads."""
+        draws, first = self.policy.upcoming(self._state), self._step
+        source = grain.MapDataset.range(len(draws)).map(lambda i: self._batch(first + i, draws[i]))
+        batches = iter(source.to_iter_dataset(self._read_options))
+        return zip(draws, batches, strict=False)  # draws first: an iterator of Grain is not asked beyond its end
+
+    def _batch(self, update: int, draw: Any) -> Batch:
+        if not isinstance(draw, Draw):
+            return self._make(update, self._composition[draw][self._rows])
+        batch = self._make(update, draw.examples[self._rows])
+        return batch if draw.rescale is None else {**batch, "rescale": draw.rescale[self._rows]}
+
+    def _settle(self) -> None:
+        for draw, losses in self._open:
+            self._update(draw, losses())
+        self._open = []
+
+    def _update(self, draw: Any, losses: np.ndarray) -> None:
+        try:
+            self._state = self.policy.update(self._state, draw, losses)
+        except ValueError as error:
+            raise RunError(f"data.selection: {error}") from None
+
+
+def _to_json(x: Any) -> Any:
+    """Python's floats hold every float32, and its JSON writes NaN and infinity."""
+    return {"dtype": str(x.dtype), "values": x.tolist()} if isinstance(x, np.ndarray | np.generic) else x
+
+
+def _from_json(x: Any) -> Any:
+    return np.array(x["values"], x["dtype"]) if isinstance(x, dict) else x
