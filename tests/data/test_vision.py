@@ -59,7 +59,9 @@ def test_bad_archives(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar-10-binary\.tar\.gz is not in .*x'"):
         data.load(config)
     make_archive(tmp_path / "x", "cifar10")
-    with pytest.raises(ValueError, match=r"has MD5 [0-9a-f]{32}, the official archive c32a1d4ab5d03f1284b67883e8d87530"):
+    with pytest.raises(
+        ValueError, match=r"has MD5 [0-9a-f]{32}, the official archive c32a1d4ab5d03f1284b67883e8d87530"
+    ):
         data.load(dataclasses.replace(config, verify=True))
     make_archive(tmp_path / "x", "cifar10", change=lambda m: {k: m[k] for k in m if "test" not in k})
     with pytest.raises(ValueError, match=r"lacks cifar-10-batches-bin/test_batch\.bin"):
