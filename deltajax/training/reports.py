@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import matplotlib
 
+from deltajax.training import paired
 from deltajax.training.config import call, load_experiment
 
 matplotlib.use("Agg")
@@ -105,7 +106,7 @@ class Report:
     Attributes:
       title: its heading.
       text: what was done, with the paper's figures; Markdown.
-      claims, figures, tables: what is shown of the numbers.
+      claims, figures, tables, comparisons: what is shown of the numbers.
       notes: what was not run, and why figures differ from the paper's.
     """
 
@@ -114,6 +115,7 @@ class Report:
     claims: Sequence[Claim] = ()
     figures: Sequence[Curves] = ()
     tables: Sequence[Table] = ()
+    comparisons: Sequence[paired.Paired] = ()
     notes: Sequence[str] = ()
 
 
@@ -299,6 +301,8 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
         parts.append("\n".join(check(claim, rows) for claim in report.claims))
     for shown in report.tables:
         parts += [f"{shown.caption} Median over seeds (best, number of seeds).", tabulate(shown, rows)]
+    for comparison in report.comparisons:
+        parts += [comparison.caption, paired.tabulate(comparison, rows)]
     for figure in report.figures:
         path = folder / f"{name}_{figure.name}.png"
         if select(rows, {"metric": figure.y, figure.x: ANY} | dict(figure.where)):

@@ -129,3 +129,29 @@ def test_json_round_trip(tiny_config):
 def test_json_never_imports_what_is_not_ours():
     with pytest.raises(ValueError, match="'subprocess:Popen' is not one of this project's"):
         serialize.from_json({"type": "subprocess:Popen", "args": ["true"]})
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherInner:
+    depth: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Chooser:
+    part: Inner | OtherInner = Inner(width=4)
+
+
+def test_a_variant_is_chosen_by_name_and_then_set():
+    """In either order; its defaults come first, and keys alone change the variant that is there."""
+    chosen = OtherInner(depth=5)
+    for given in ({"part": "other_inner", "part.depth": "5"}, {"part.depth": "5", "part": "other_inner"}):
+        assert overrides.apply(Chooser(), given).part == chosen
+    assert overrides.apply(Chooser(), {"part": "inner"}).part == Inner()
+    assert overrides.apply(Chooser(), {"part.rate": "2"}).part == Inner(width=4, rate=2.0)
+    for given, message in (
+        ({"part": "other"}, "--config.part=other: must be one of inner, other_inner"),
+        ({"part": "inner", "part.depth": "5"}, "--config.part.depth: no such key"),
+        ({"part": "inner", "part.width": "0"}, r"--config.part.width=0: width must be >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            overrides.apply(Chooser(), given)

@@ -1,0 +1,46 @@
+"""Paired differences against numbers worked out by hand."""
+
+import pytest
+
+from deltajax.training.paired import Paired, interval, tabulate, updates_to_reach
+
+
+def rows(policy, seed, curve, seconds=2.0):
+    common = {"policy": policy, "seed": str(seed), "status": "complete", "position": ""}
+    for step, value in curve.items():
+        yield common | {"step": str(step), "set": "validation", "metric": "accuracy", "value": str(value)}
+    yield common | {"step": "3", "set": "", "metric": "seconds", "value": str(seconds)}
+
+
+def test_differences_and_updates():
+    """Seed 0 gains 0.1 at the end and reaches 0.8 at 20 instead of 30; seed 1 gains 0.3 and is at 0.5 at 10 instead of 20."""
+    table = [
+        *rows("plain", 0, {10: 0.5, 20: 0.7, 30: 0.8}),
+        *rows("plain", 1, {10: 0.4, 20: 0.5, 30: 0.5}),
+        *rows("other", 0, {10: 0.6, 20: 0.8, 30: 0.9}),
+        *rows("other", 1, {10: 0.5, 20: 0.9, 30: 0.8}),
+        *rows("worse", 0, {10: 0.1, 20: 0.2, 30: 0.1}),
+        *rows("worse", 1, {10: 0.1, 20: 0.2, 30: 0.1}),
+    ]
+    text = tabulate(Paired("", ("policy",), {"policy": "plain"}), table)
+    half = 12.7062 * 0.1414214 / 2**0.5  # t quantile of one degree of freedom, deviation of 0.1 and 0.3
+    assert f"| other | 0.8500 | +0.2000 ± {half:.4f} | 0.9000 |" in text
+    assert "| 15 | 2 of 2 | **-10 ± 0** | 0 | 0 | 2 | 2 |" in text
+    assert "| plain | 0.6500 | baseline | 0.6500 | baseline | 25 | 2 of 2 | baseline |" in text
+    assert "| worse | 0.1000 | **-0.5500 ±" not in text  # two seeds say little
+    assert "| none | 0 of 2 |  |" in text
+    assert "Updates to reach the baseline: the first evaluated update" in text
+    assert "At the last update, beyond the interval, better: none; worse: none (of 2)." in text
+    fewer = tabulate(Paired("", ("policy",), {"policy": "plain"}, where={"policy": ["plain", "worse"]}), table)
+    assert "| other" not in fewer and "| worse" in fewer
+    with pytest.raises(ValueError, match="the baseline absent has no runs"):
+        tabulate(Paired("", ("policy",), {"policy": "absent"}), table)
+
+
+def test_interval_and_direction():
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean, half) == (3, pytest.approx(2.776445 * 1.581139 / 5**0.5, rel=1e-5))
+    assert interval([1.0]) == (1.0, float("inf"))
+    curve = {30: 0.2, 10: 0.9, 20: 0.5}
+    assert (updates_to_reach(curve, 0.5, "low"), updates_to_reach(curve, 0.5, "high")) == (20, 10)
+    assert updates_to_reach(curve, 0.1, "low") is None
