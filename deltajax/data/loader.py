@@ -29,6 +29,32 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Half:
+    """Every other example of a source.
+
+    Attributes:
+      source: of the examples.
+      first: 0: those of even index, 1: of odd index.
+    """
+
+    source: Source
+    first: int
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return (len(self.source) + 1 - self.first) // 2
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        """Example `index`."""
+        return self.source[self.first + 2 * int(index)]
+
+
+def half_of(source: Source, half: str) -> Source:
+    """What a config's `half` says: "all" examples, or those of "even" or "odd" index."""
+    return source if half == "all" else Half(source, int(half == "odd"))
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A task ready to train on. Every task's `load` returns one, so the trainer knows no task.
 

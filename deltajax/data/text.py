@@ -4,12 +4,13 @@ import dataclasses
 import gzip
 import hashlib
 import lzma
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from deltajax.data import documents, shards
-from deltajax.data.loader import Dataset
+from deltajax.data.loader import Dataset, half_of
 from deltajax.data.packing import Documents, FullWindows, PackedWindows
 from deltajax.data.tokenizer import Tokenizer, load_tokenizer
 from deltajax.errors import check_integers
@@ -30,6 +31,7 @@ class Config:
       lengths: evaluation sets `length_<n>`, scored when the run ends: windows of n predictions within one held-out
         document each, for the loss by position.
       evaluation_windows: in each of these at most.
+      half: train on all windows, or on those of even or odd index only, to score the others (`deltajax.score`).
       selection: which windows the next update learns from, see `hard_batches`.
 
     Raises:
@@ -44,6 +46,7 @@ class Config:
     validation_fraction: float = 0.05
     lengths: tuple[int, ...] = ()
     evaluation_windows: int = 128
+    half: Literal["all", "even", "odd"] = "all"
     selection: Selection = dataclasses.field(default_factory=Shuffled)
 
     def __post_init__(self):
@@ -63,6 +66,8 @@ class Config:
         value = self.validation_fraction
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise ValueError(f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded")
+        if self.half not in ("all", "even", "odd"):
+            raise ValueError(f"half: got {self.half!r}; allowed: all, even, odd")
         if not isinstance(self.selection, Selection):
             raise ValueError(f"selection: got {self.selection!r}; allowed: a policy of hard_batches")
 
@@ -96,7 +101,7 @@ def load(config: Config) -> Dataset:
             raise ValueError(f"lengths: {name} is longer than every held-out document; allowed: up to {longest}")
     return Dataset(
         evaluations=evaluations,
-        train=sources["train"],
+        train=half_of(sources["train"], config.half),
         validation=sources["validation"],
         vocab_size=tokenizer.vocab_size,
         batch_size=config.batch_size,

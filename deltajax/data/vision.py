@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from deltajax.data.loader import Dataset
+from deltajax.data.loader import Dataset, half_of
 from deltajax.errors import check_integers
 from deltajax.hard_batches import Selection, Shuffled
 
@@ -136,12 +136,9 @@ def load(config: Config) -> Dataset:
     digest = hashlib.sha256()
     for images, labels in (train, test):
         digest.update(images.tobytes() + labels.astype("<i4").tobytes())
-    if config.half != "all":
-        first = int(config.half == "odd")
-        train = train[0][first::2], train[1][first::2]
     sources = [Images(*split, mean, deviation, config.image_size) for split in (train, test)]
     return Dataset(
-        train=sources[0],
+        train=half_of(sources[0], config.half),
         validation=sources[1],
         batch_size=config.batch_size,
         seed=config.seed,

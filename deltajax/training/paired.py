@@ -8,10 +8,13 @@ from typing import Any, Literal
 from scipy import stats
 
 CONFIDENCE = 0.95
+REACH = ("updates to reach", "reached", "change in updates")
+COSTS = {"examples": "examples", "examples_scored": "scored only", "seconds": "seconds"}  # metric -> column
 DEFINITION = (
-    "Updates to reach the baseline: the first evaluated update at which a run's {metric} is at least as good as the best "
-    "that the baseline's run of the same seed reaches at any evaluation; for the baseline itself, when it first reaches it. "
-    "A run that never does is counted as not reached, and the change in updates is over the seeds whose runs do."
+    f"Differences: mean over seeds of paired differences, with {CONFIDENCE:.0%} t intervals; bold where the interval excludes "
+    "0. Updates to reach the baseline: the first evaluated update at which a run is at least as good as the best that the "
+    "baseline's run of the same seed reaches at any evaluation; for the baseline itself, when it first reaches it. A run that "
+    "never does is counted as not reached, and the change in updates is over the seeds whose runs do."
 )
 
 
@@ -22,7 +25,7 @@ class Paired:
     Attributes:
       caption: what is seen.
       settings: columns whose values name a row.
-      baseline: values of these columns.
+      baseline: values of these columns; one that is not named has the row's own value.
       metric: of the validation set.
       better: which value is the best.
       seed: the column that pairs runs.
@@ -66,11 +69,49 @@ def updates_to_reach(curve: Mapping[int, float], level: float, better: str) -> i
 
 
 def tabulate(paired: Paired, rows: Iterable[Mapping[str, str]]) -> str:
-    """The table in Markdown, with the definition of its last columns.
+    """The table in Markdown, and what stands out of it; `DEFINITION` says what the columns are."""
+    runs = _read(paired, rows)
+    base = {
+        setting: tuple(str(paired.baseline.get(c, own)) for c, own in zip(paired.settings, setting, strict=True))
+        for setting in runs
+    }
+    runs = {setting: by_seed for setting, by_seed in runs.items() if base[setting] in runs}
+    if not runs:
+        return f"Not run: there are no numbers for the baseline {', '.join(map(str, paired.baseline.values()))}."
+    last, best = f"last {paired.metric}", f"best {paired.metric}"
+    out = [_row(*paired.settings, last, "difference", best, "difference", *REACH, *COSTS.values(), "seeds")]
+    out.append(_row(*["---"] * out[0].count(" | "), "---"))
+    sign = 1 if paired.better == "high" else -1
+    gains: list[dict[str, tuple[float, float]]] = [{}, {}, {}]
+    for setting, by_seed in runs.items():
+        cells, differences = _compare(paired, by_seed, runs[base[setting]])
+        shown = [_signed(*x, digits) if x else "" for x, digits in zip(differences, (4, 4, 0), strict=True)]
+        if setting == base[setting]:
+            shown = ["baseline"] * 3
+        out.append(_row(*setting, cells[0], shown[0], cells[1], shown[1], *cells[2:4], shown[2], *cells[4:]))
+        for of_criterion, difference, up in zip(gains, differences, (sign, sign, -1), strict=True):
+            if difference:
+                of_criterion[" ".join(setting)] = up * difference[0], difference[1]
+    others = sum(setting != base[setting] for setting in runs)
+    out += [
+        "",
+        f"Beyond the interval, of {others} (by chance alone about {(1 - CONFIDENCE) * others:.1f} in each line):",
+        "",
+    ]
+    for criterion, of_criterion in zip((last, best, "updates to reach the baseline"), gains, strict=True):
+        gained, lost = (
+            [setting for setting, (mean, half) in of_criterion.items() if sign * mean > half] for sign in (1, -1)
+        )
+        out.append(f"- {criterion}: better {', '.join(gained) or 'none'}; worse {', '.join(lost) or 'none'}.")
+    return "\n".join(out)
 
-    Raises:
-      ValueError: the baseline has no runs.
-    """
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _read(paired: Paired, rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, ...], dict[str, Run]]:
+    """Setting -> seed -> run."""
     runs: dict[tuple[str, ...], dict[str, Run]] = {}
     for row in rows:
         if row["status"] != "complete" or row["position"] or not _chosen(row, paired.where):
@@ -78,45 +119,33 @@ def tabulate(paired: Paired, rows: Iterable[Mapping[str, str]]) -> str:
         run = runs.setdefault(tuple(row[c] for c in paired.settings), {}).setdefault(row[paired.seed], Run())
         if row["set"] == "validation" and row["metric"] == paired.metric:
             run.curve[int(row["step"])] = float(row["value"])
-        elif row["metric"] in ("examples", "examples_scored", "seconds"):
+        elif row["metric"] in COSTS:
             run.costs[row["metric"]] = float(row["value"])
-    name = tuple(str(paired.baseline[c]) for c in paired.settings)
-    if name not in runs:
-        raise ValueError(f"the baseline {', '.join(name)} has no runs")
-    base = runs[name]
-    choose = max if paired.better == "high" else min
-    levels = {seed: choose(run.curve.values()) for seed, run in base.items()}
-    head = [*paired.settings, f"last {paired.metric}", "difference", f"best {paired.metric}", "difference"]
-    head += ["updates to reach", "reached", "change in updates", "examples", "scored only", "seconds", "seeds"]
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    verdicts: dict[str, list[str]] = {"better": [], "worse": []}
-    for setting, by_seed in runs.items():
-        seeds = [seed for seed in by_seed if seed in base]
-        cells = list(setting)
-        last = interval([_last(by_seed[s]) - _last(base[s]) for s in seeds])
-        if abs(last[0]) > last[1]:
-            verdicts["better" if (last[0] > 0) == (paired.better == "high") else "worse"].append(" ".join(setting))
-        for of in (_last, lambda run: choose(run.curve.values())):
-            cells.append(f"{statistics.mean(of(by_seed[s]) for s in seeds):.4f}")
-            difference = interval([of(by_seed[s]) - of(base[s]) for s in seeds])
-            cells.append("baseline" if setting == name else _signed(*difference, digits=4))
-        reach = {s: updates_to_reach(by_seed[s].curve, levels[s], paired.better) for s in seeds}
-        found = {s: step for s, step in reach.items() if step is not None}
-        cells.append(f"{statistics.median(found.values()):g}" if found else "none")
-        cells.append(f"{len(found)} of {len(seeds)}")
-        changes = [step - (updates_to_reach(base[s].curve, levels[s], paired.better) or 0) for s, step in found.items()]
-        cells.append("baseline" if setting == name else _signed(*interval(changes), digits=0) if changes else "")
-        for cost in ("examples", "examples_scored", "seconds"):
-            cells.append(f"{statistics.mean(by_seed[s].costs.get(cost, 0) for s in seeds):,.0f}")
-        out.append("| " + " | ".join([*cells, str(len(seeds))]) + " |")
-    differences = f"Differences: mean over seeds of paired differences, with {CONFIDENCE:.0%} t intervals."
-    verdict = "; ".join(f"{name}: {', '.join(found) or 'none'}" for name, found in verdicts.items())
-    out += ["", f"At the last update, beyond the interval, {verdict} (of {len(runs) - 1})."]
-    return "\n".join([*out, "", differences + " " + DEFINITION.format(metric=paired.metric)])
+    return runs
 
 
-def _last(run: Run) -> float:
-    return run.curve[max(run.curve)]
+def _compare(
+    paired: Paired, runs: Mapping[str, Run], base: Mapping[str, Run]
+) -> tuple[list[str], list[tuple[float, float] | None]]:
+    """The cells of a setting, and (mean, half the interval) of what it differs by: last, best, updates to reach."""
+    best = max if paired.better == "high" else min
+    seeds = [seed for seed in runs if seed in base]
+    cells: list[str] = []
+    differences: list[tuple[float, float] | None] = []
+    for of in (lambda run: run.curve[max(run.curve)], lambda run: best(run.curve.values())):
+        cells.append(f"{statistics.mean(of(runs[s]) for s in seeds):.4f}")
+        differences.append(interval([of(runs[s]) - of(base[s]) for s in seeds]))
+    reached, changes = [], []
+    for seed in seeds:
+        level = best(base[seed].curve.values())
+        mine, theirs = (updates_to_reach(of[seed].curve, level, paired.better) for of in (runs, base))
+        if mine is not None and theirs is not None:
+            reached.append(mine)
+            changes.append(mine - theirs)
+    cells += [f"{statistics.median(reached):g}" if reached else "none", f"{len(reached)} of {len(seeds)}"]
+    differences.append(interval(changes) if changes else None)
+    cells += [f"{statistics.mean(runs[s].costs.get(cost, 0) for s in seeds):,.0f}" for cost in COSTS]
+    return [*cells, str(len(seeds))], differences
 
 
 def _chosen(row: Mapping[str, str], where: Mapping[str, Any]) -> bool:
@@ -127,5 +156,6 @@ def _chosen(row: Mapping[str, str], where: Mapping[str, Any]) -> bool:
 
 
 def _signed(mean: float, half: float, digits: int) -> str:
-    text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    """A difference with its interval, if there is one: a single value has none."""
+    text = f"{mean:+.{digits}f} " + (f"± {half:.{digits}f}" if half < float("inf") else "(1 seed)")
     return f"**{text}**" if abs(mean) > half else text

@@ -303,6 +303,8 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
         parts += [f"{shown.caption} Median over seeds (best, number of seeds).", tabulate(shown, rows)]
     for comparison in report.comparisons:
         parts += [comparison.caption, paired.tabulate(comparison, rows)]
+    if report.comparisons:
+        parts.append(paired.DEFINITION)
     for figure in report.figures:
         path = folder / f"{name}_{figure.name}.png"
         if select(rows, {"metric": figure.y, figure.x: ANY} | dict(figure.where)):

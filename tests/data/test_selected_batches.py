@@ -1,8 +1,9 @@
 """Batches that a policy chooses: the same on any number of processes and after a restart."""
 
-import dataclasses
+import concurrent.futures
 import itertools
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -42,71 +43,93 @@ def loss(step, x):
     return np.float32(np.sin(x * 12.9898 + step * 78.233) + 2)
 
 
-class Training:
-    """Simulated processes in step; the global batch is the rows of all of them."""
+class Process:
+    """One of several processes that train together, each in a thread of its own; they meet where devices would gather."""
 
-    def __init__(self, data, processes=1, updates=30):
-        self.step, self.scored = 0, []
-        self.iterators = [
-            data.train_iterator(i, processes, updates=updates, score=self.score) for i in range(processes)
-        ]
-        self.rows = data.batch_size // processes
+    def __init__(self, data, index=0, together=None, updates=30):
+        self.step, self.index = 0, index
+        self.barrier, self.parts = together or (threading.Barrier(1), [None])
+        self.iterator = data.train_iterator(index, len(self.parts), updates=updates, score=self.score)
+
+    def gather(self, batch):
+        """The rows of all processes."""
+        self.parts[self.index] = batch
+        self.barrier.wait(timeout=60)
+        whole = {name: np.concatenate([part[name] for part in self.parts]) for name in batch}
+        self.barrier.wait(timeout=60)
+        return whole
 
     def score(self, batch):
-        """A process only knows its rows; the global losses are what the device would gather."""
-        self.scored.append(batch["x"])
-        calls = len(self.scored)
-        return np.resize(loss(-1, batch["x"]), self.rows * len(self.iterators)) if calls else None
+        return loss(-1, self.gather(batch)["x"])
 
     def __next__(self):
-        parts = [next(iterator) for iterator in self.iterators]
-        x = np.concatenate([part["x"] for part in parts])
-        by_example = self.iterators[0].by_example
-        losses = loss(self.step, x) if by_example else loss(self.step, x).mean()
-        for iterator in self.iterators:
-            iterator.observe(lambda: losses)
+        batch = self.gather(next(self.iterator))
+        losses = loss(self.step, batch["x"])
+        self.iterator.observe(lambda: losses if self.iterator.by_example else losses.mean())
         self.step += 1
-        rescale = [part["rescale"] for part in parts if "rescale" in part]
-        return x.astype(int).tolist(), np.concatenate(rescale).tolist() if rescale else None
+        return batch["x"].astype(int).tolist(), batch.get("rescale", np.ones(0)).tolist()
 
 
-BATCHES = [InOrder(), HardBatches(delta=0.5), EasyBatches(delta=0.5), RandomBatches(delta=0.5)]
-BATCHES += [dataclasses.replace(p, composition="seeded") for p in BATCHES[1:2]]
+def train(data, processes, updates):
+    """The global batches as each process saw them."""
+    together = threading.Barrier(processes), [None] * processes
+
+    def run(index):
+        process = Process(data, index, together)
+        return [next(process) for _ in range(updates)]
+
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(run, range(processes)))
 
 
-@pytest.mark.parametrize(
-    "policy", [*BATCHES, InfoBatch()], ids=lambda p: f"{type(p).__name__}-{getattr(p, 'composition', '')}"
-)
-def test_one_and_four_processes(policy):
-    """The same batches in the same order."""
-    one, four = Training(dataset(policy)), Training(dataset(policy), processes=4)
-    assert [next(one) for _ in range(30)] == [next(four) for _ in range(30)]
+POLICIES = [
+    InOrder(),
+    HardBatches(delta=0.5),
+    HardBatches("seeded", 0.5),
+    EasyBatches(delta=0.5),
+    RandomBatches(delta=0.5),
+    InfoBatch(),
+    SelectiveBackprop(),
+    RhoLoss(table="table.npy", pool=3),
+]
 
 
-@pytest.mark.parametrize("policy", [*BATCHES, InfoBatch(), SelectiveBackprop(), "rho"], ids=str)
-def test_restart_anywhere(policy, tmp_path):
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Irreducible losses in the working directory."""
+    np.save(tmp_path / "table.npy", np.linspace(0, 1, 45))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_one_and_four_processes(policy, table):
+    """The same batches in the same order, each process reading only its rows."""
+    ((one,), four) = (train(dataset(policy), processes, 30) for processes in (1, 4))
+    assert all(seen == one for seen in four)
+    assert len({tuple(examples) for examples, _ in one}) > 1
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_restart_anywhere(policy, table):
     """From the JSON of any step on, the batches that follow are those of a run that was not stopped."""
-    if policy == "rho":
-        np.save(tmp_path / "table.npy", np.linspace(0, 1, 45))
-        policy = RhoLoss(table=str(tmp_path / "table.npy"), pool=3)
-    whole = Training(dataset(policy))
+    whole = Process(dataset(policy))
     expected = [next(whole) for _ in range(24)]
     for stop in (1, 5, 6, 11, 17):
-        first = Training(dataset(policy))
+        first = Process(dataset(policy))
         for _ in range(stop):
             next(first)
-        state = json.loads(json.dumps(first.iterators[0].get_state()))
-        second = Training(dataset(policy))
+        state = json.loads(json.dumps(first.iterator.get_state()))
+        second = Process(dataset(policy))
         second.step = stop
-        second.iterators[0].set_state(state)
+        second.iterator.set_state(state)
         assert [next(second) for _ in range(24 - stop)] == expected[stop:]
-        assert second.iterators[0].scored == whole.iterators[0].scored
+        assert second.iterator.scored == whole.iterator.scored
 
 
 def test_batches_are_always_the_same_examples():
     """The last, incomplete one is left out; a seeded composition is one permutation."""
     for policy in (HardBatches(delta=0.4), HardBatches(delta=0.4, composition="seeded")):
-        run = Training(dataset(policy))
+        run = Process(dataset(policy))
         batches = [tuple(next(run)[0]) for _ in range(25)]
         assert len(set(batches)) == 5
         examples = list(itertools.chain(*batches[:5]))

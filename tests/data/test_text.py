@@ -94,3 +94,14 @@ def test_evaluation_at_other_lengths(corpus):
         data.load(dataclasses.replace(config, lengths=(999999,)))
     with pytest.raises(ValueError, match="lengths: got"):
         dataclasses.replace(config, lengths=(0,))
+
+
+def test_halves(corpus):
+    """Even and odd windows together are all windows."""
+    config = data.Config(corpus=corpus, seq_len=64, batch_size=2, validation_fraction=0.3)
+    whole, *parts = (data.load(dataclasses.replace(config, half=half)).train for half in ("all", "even", "odd"))
+    assert sum(map(len, parts)) == len(whole)
+    for i in range(len(whole)):
+        np.testing.assert_array_equal(parts[i % 2][i // 2]["tokens"], whole[i]["tokens"])
+    with pytest.raises(ValueError, match="half: got 'left'; allowed: all, even, odd"):
+        data.Config(half="left")

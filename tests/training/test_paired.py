@@ -29,12 +29,19 @@ def test_differences_and_updates():
     assert "| plain | 0.6500 | baseline | 0.6500 | baseline | 25 | 2 of 2 | baseline |" in text
     assert "| worse | 0.1000 | **-0.5500 ±" not in text  # two seeds say little
     assert "| none | 0 of 2 |  |" in text
-    assert "Updates to reach the baseline: the first evaluated update" in text
-    assert "At the last update, beyond the interval, better: none; worse: none (of 2)." in text
+    assert "of 2 (by chance alone about 0.1 in each line)" in text
+    assert "- last accuracy: better none; worse none.\n" in text
+    assert text.endswith("- updates to reach the baseline: better other; worse none.")
     fewer = tabulate(Paired("", ("policy",), {"policy": "plain"}, where={"policy": ["plain", "worse"]}), table)
     assert "| other" not in fewer and "| worse" in fewer
-    with pytest.raises(ValueError, match="the baseline absent has no runs"):
-        tabulate(Paired("", ("policy",), {"policy": "absent"}), table)
+    one = tabulate(Paired("", ("policy",), {"policy": "plain"}), [row for row in table if row["seed"] == "0"])
+    assert "| other | 0.9000 | +0.1000 (1 seed) | 0.9000 | +0.1000 (1 seed) | 20 | 1 of 1 | -10 (1 seed) |" in one
+    grouped = [{**row, "delta": delta} for row in table for delta in "12"]
+    both = tabulate(Paired("", ("policy", "delta"), {"policy": "plain"}), grouped)  # of the same delta each
+    assert both.count("| baseline |") == 6 and f"| other | 2 | 0.8500 | +0.2000 ± {half:.4f} |" in both
+    assert "of 4 (by chance" in both
+    absent = tabulate(Paired("", ("policy",), {"policy": "absent"}), table)
+    assert absent == "Not run: there are no numbers for the baseline absent."
 
 
 def test_interval_and_direction():
