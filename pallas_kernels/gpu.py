@@ -51,9 +51,10 @@ class Blocks:
 
     @classmethod
     def for_shape(cls, batch: int, value_heads: int, key_dim: int, value_dim: int) -> "Blocks":
-        """The scans fill 132 SMs if they can, with columns of 64 (half the reads of keys) where that is enough."""
-        wide = key_dim < 256 and batch * value_heads * value_dim // 64 >= 132
-        return cls(64 if wide else 32, 2 if key_dim == 256 else 3, min(128, value_dim))
+        """The scans' CTAs fill 132 SMs if they can; where they do, two share an SM, each waiting while the other computes."""
+        columns = 64 if key_dim == 64 and batch * value_heads * value_dim // 64 >= 132 else 32
+        many = batch * value_heads * value_dim // columns > 132
+        return cls(columns, 2 if many or key_dim == 256 else 3, min(128, value_dim))
 
 
 def delta_product(q, k, v, beta, g, initial_state, *, scale: float):

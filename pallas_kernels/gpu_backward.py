@@ -35,7 +35,7 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
     group = heads // q.shape[2]
     parts_of_keys = key_dim // ROWS
 
-    def body(cta, inputs, outputs, q, k, v, do, state, tokens, mask, parts, stage, first, later, of_state):
+    def body(cta, inputs, outputs, q, k, v, do, tokens, mask, parts, stage, first, later, of_state):
         b, chunk, h = cta
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h // group], q, first)
         plgpu.copy_gmem_to_smem(inputs[4].at[b, chunk, h], tokens, first)
@@ -47,10 +47,9 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
             plgpu.copy_gmem_to_smem(inputs[2].at[b, rows_of(block), h], v, later)
 
         def fetch_state(part):
-            plgpu.copy_gmem_to_smem(inputs[3].at[b, chunk * steps, h, rows_of(part)], state, of_state)
+            plgpu.copy_gmem_to_smem(inputs[3].at[b, chunk * steps, h, rows_of(part)], v, of_state)
 
         fetch(0)
-        fetch_state(0)
         write = writer(stage.at[0], stage.at[1])
         put_prefix_mask(mask)
         plgpu.barrier_wait(first)
@@ -80,15 +79,16 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
                 here = rows_of(part)
                 dq[part] += products((dscores, k.at[:, here]))
                 write(products((transposed(dscores), q.at[:, here])), outputs[1].at[b, rows_of(block), h, here])
+            plgpu.commit_smem()  # all warps have left k and v
             if r + 1 < steps:
-                plgpu.commit_smem()  # all warps have left k and v
                 fetch(r + 1)
+        fetch_state(0)  # rows of the state where those of v were
         outputs[5][b, chunk, h] = over_rows
         dfrom_start: Any = 0.0
         for part in range(parts_of_keys):
             here = rows_of(part)
             plgpu.barrier_wait(of_state)
-            do_state = scale * products((do, transposed(state)))
+            do_state = scale * products((do, transposed(v)))
             queries = q[:, here].astype(f32)
             dfrom_start += jnp.sum(queries * do_state, axis=1)
             weight = along_rows(tokens[0])
@@ -120,7 +120,7 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
         [
             plgpu.SMEM((ROWS, key_dim), bf16),
             plgpu.SMEM((ROWS, key_dim), bf16),
-            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(3)),
+            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(2)),
             plgpu.SMEM((kinds, ROWS), f32),
             square(),
             square(2),
@@ -147,7 +147,7 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
     group = heads // k.shape[2]
     parts_of_keys = key_dim // ROWS
 
-    def body(cta, inputs, outputs, k, v, v_new, dsolved, state, dstate, rows, weights, mask, parts, first, later):
+    def body(cta, inputs, outputs, k, v, v_new, dsolved, dstate, rows, weights, mask, parts, first, later):
         b, block, h = cta
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(block), h // group], k, first)
         for ref, smem in zip(inputs[1:4], (v, v_new, dsolved), strict=True):
@@ -156,10 +156,9 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         plgpu.copy_gmem_to_smem(inputs[7].at[b, block, h], weights, first)
 
         def fetch(part):
-            plgpu.copy_gmem_to_smem(inputs[4].at[b, block, h, rows_of(part)], state, later)
+            plgpu.copy_gmem_to_smem(inputs[4].at[b, block, h, rows_of(part)], v, later)
             plgpu.copy_gmem_to_smem(inputs[5].at[b, block, h, rows_of(part)], dstate, later)
 
-        fetch(0)
         put_prefix_mask(mask)
         plgpu.barrier_wait(first)
         i, j = row_and_column()
@@ -179,15 +178,17 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
             dx = dsolved[:, here].astype(f32)
             sums[0] += jnp.sum(dx * v[:, here].astype(f32), axis=1)
             write(along_rows(weights[0]) * dx, outputs[1].at[b, rows_of(block), h, here])
+        plgpu.commit_smem()  # all warps have left v
+        fetch(0)
         for part in range(parts_of_keys):
             here = rows_of(part)
             plgpu.barrier_wait(later)
-            to_state, to_end = products((dsolved, transposed(state))), products((v_new, transposed(dstate)))
+            to_state, to_end = products((dsolved, transposed(v))), products((v_new, transposed(dstate)))
             keys = k[:, here].astype(f32)
             sums[1] += jnp.sum(keys * to_state, axis=1)
             sums[2] += jnp.sum(keys * to_end, axis=1)
-            sums[3] += jnp.sum(state[...].astype(f32) * dstate[...].astype(f32), axis=1)
-            plgpu.commit_smem()  # all warps have left state and dstate
+            sums[3] += jnp.sum(v[...].astype(f32) * dstate[...].astype(f32), axis=1)
+            plgpu.commit_smem()  # all warps have left the states
             if part + 1 < parts_of_keys:
                 fetch(part + 1)
             dk = along_rows(weights[1]) * to_state + along_rows(weights[2]) * to_end
@@ -209,7 +210,7 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         {"batch": batch, "block": blocks, "head": heads},
         [
             plgpu.SMEM((ROWS, key_dim), bf16),
-            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(5)),
+            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(4)),
             plgpu.SMEM((kinds, ROWS), f32),
             plgpu.SMEM((4, ROWS), f32),
             square(),

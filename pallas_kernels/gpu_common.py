@@ -60,10 +60,11 @@ def products(*pairs):
 
 
 def put_parts(ref, x):
-    """X in parts, to ref[0] and ref[1]."""
-    head = x.astype(bf16)
-    ref[0] = head
-    ref[1] = (x - head.astype(f32)).astype(bf16)
+    """X in parts, to ref[0] and ref[1]; rounded by integer arithmetic, as converting one number there and back is slow."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)
+    head = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), f32)
+    ref[0] = head.astype(bf16)
+    ref[1] = (x - head).astype(bf16)
 
 
 def writer(*stages):

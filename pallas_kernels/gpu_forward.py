@@ -200,7 +200,7 @@ def outputs(q, k, v_new, states, tokens, *, scale, columns):
     steps = states.shape[1] // chunks
     group = heads // q.shape[2]
 
-    def body(cta, inputs, outputs, q, k, v, state, tokens, mask, parts, p, first, later):
+    def body(cta, inputs, outputs, q, k, v, state, tokens, mask, parts, first, later):
         b, chunk, h, column = cta
         where = pl.ds(column * columns, columns)
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h // group], q, first)
@@ -218,9 +218,9 @@ def outputs(q, k, v_new, states, tokens, *, scale, columns):
         o = along_rows(tokens[0], columns) * products((q, state))
         for r in range(steps):
             plgpu.barrier_wait(later)
-            p[...] = _p(q, k, tokens, mask, parts, r, steps).astype(bf16)
+            parts[0] = _p(q, k, tokens, mask, parts, r, steps).astype(bf16)
             plgpu.commit_smem()
-            o += products((p, v))
+            o += products((parts.at[0], v))
             if r + 1 < steps:
                 plgpu.commit_smem()  # all warps have left k and v
                 fetch(r + 1)
@@ -243,7 +243,6 @@ def outputs(q, k, v_new, states, tokens, *, scale, columns):
             plgpu.SMEM((kinds, ROWS), f32),
             square(),
             square(2),
-            square(),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
         ],

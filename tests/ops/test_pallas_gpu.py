@@ -1,7 +1,9 @@
 """The GPU kernels: numbers and races in Mosaic GPU's interpreter; lowered for an H100 that is not there."""
 
 import contextlib
+import csv
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,9 @@ import pytest
 from delta_rule_cases import NAMES, compare, draw
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks import gpu_machine_code
 from deltajax.ops import delta_product
 from pallas_kernels import gpu
-
-H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
 
 @contextlib.contextmanager
@@ -62,8 +63,7 @@ def lower(arguments, vmapped=False):
     if vmapped:
         gradient = jax.vmap(gradient)
         arguments = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in arguments]
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)):
-        return jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return gpu_machine_code.lower(gradient, *arguments).as_text()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,22 @@ def test_elsewhere_the_chunked_form_serves():
 
 
 def test_blocks_check_their_ranges():
-    assert gpu.Blocks.for_shape(1, 16, 128, 128).columns == 32  # 64 CTAs rather than 32
-    assert gpu.Blocks.for_shape(8, 16, 128, 128).columns == 64
+    few, many = gpu.Blocks.for_shape(1, 16, 128, 128), gpu.Blocks.for_shape(8, 16, 128, 128)
+    assert (few.columns, few.stages) == (32, 3)  # 64 CTAs, one an SM
+    assert (many.columns, many.stages) == (32, 2)  # 512, two an SM
     with pytest.raises(ValueError, match="stages must be one of"):
         gpu.Blocks(columns=64, stages=1, output_columns=128)
+
+
+def test_machine_code_is_no_worse_than_the_committed_table():
+    """Through LLVM and ptxas; the toolchain, 270 MB, is not in the default install: the command is in `gpu_machine_code`."""
+    toolchain = Path(gpu_machine_code.__file__).parents[1] / "build" / "cuda"
+    if not toolchain.exists():
+        pytest.skip(f"no {toolchain}")
+    with Path(gpu_machine_code.__file__).with_name("results").joinpath("gpu_machine_code.csv").open() as file:
+        committed = {row["kernel"]: row for row in csv.DictReader(file) if (row["steps"], row["dim"]) == ("1", "128")}
+    for row in gpu_machine_code.measure(1, 16, 128, True, toolchain):
+        before = committed.pop(row["kernel"])
+        for field in ("spilled_bytes", "shared_bytes", "issue_cycles"):
+            assert row[field] <= 1.05 * int(before[field]), (row, before)
+    assert not committed
