@@ -46,7 +46,6 @@ def report(
         text=f"{text.strip()}\n\nCommand: `python -m experiments.{experiment}`",
         comparisons=[
             Paired(
-                "against_plain",
                 "Every policy against plain training on the same batches.",
                 settings=("policy", "delta"),
                 baseline={"policy": "in_order", "delta": 0.5},
@@ -54,7 +53,6 @@ def report(
                 better=better,
             ),
             Paired(
-                "against_random",
                 "Hard batches against the control, as many random ones.",
                 settings=("policy", "delta"),
                 baseline={"policy": "random"},

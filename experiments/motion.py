@@ -1,10 +1,15 @@
-"""Moving digits whose class is the motion: a small ResNet over frames, the baseline of `delta_motion.py` (arXiv 2107.07305)."""
+"""Moving digits whose class is the motion: a small ResNet over frames, the baseline of `delta_motion.py` (arXiv 2107.07305).
+
+    python -m deltajax.sweep --config=experiments/motion.py --csv=docs/results/motion.csv
+
+Under a minute for each of the 3 seeds on 2 idle cores.
+"""
 
 from deltajax.data import moving_digits
 from deltajax.models import frames, resnet
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
 
-STEPS = 500
+STEPS = 200
 
 
 def get_config(seed: int = 0) -> TrainConfig:
@@ -21,7 +26,7 @@ def get_config(seed: int = 0) -> TrainConfig:
         optimizer=Optimizer(learning_rate=5e-3, weight_decay=1e-2),
         schedule=Schedule(warmup_steps=20),
         checkpoint=Checkpoint(every=STEPS),
-        evaluation=Evaluation(every=250),
+        evaluation=Evaluation(every=STEPS),
         log_every=50,
     )
 

@@ -37,6 +37,12 @@ def tiles(dirty: Bool[Array, "h w"], tile: tuple[int, int]) -> Bool[Array, "N"]:
     return jnp.any(jnp.any(padded, axis=1), axis=2).reshape(-1)
 
 
+def near(changed: Bool[Array, "h w"], tile: tuple[int, int]) -> Bool[Array, "N"]:
+    """Tiles (row by row) with a changed pixel, and those that touch them."""
+    down, across = grid(changed.shape[0], changed.shape[1], tile)
+    return readers(tiles(changed, tile).reshape(down, across), Window(3, 1, (1, 1))).reshape(-1)
+
+
 def origins(
     index: Int[Array, "G"], height: int, width: int, tile: tuple[int, int]
 ) -> tuple[Int[Array, "G"], Int[Array, "G"]]:
@@ -45,3 +51,20 @@ def origins(
     top = jnp.minimum(index // columns * tile[0], height - tile[0])
     left = jnp.minimum(index % columns * tile[1], width - tile[1])
     return top, left
+
+
+def assemble(by_tile: Bool[Array, "N rows columns"], height: int, width: int) -> Bool[Array, "h w"]:
+    """A map of pixels from its tiles: where tiles overlap, what is true in one of them."""
+    _, rows, columns = by_tile.shape
+    down, across = grid(height, width, (rows, columns))
+    whole = by_tile.reshape(down, across, rows, columns).transpose(0, 2, 1, 3).reshape(down * rows, across * columns)
+    for axis, (length, size) in enumerate(((height, rows), (width, columns))):
+        excess = whole.shape[axis] - length
+        if excess:  # the last tiles were moved back by it
+            padding = [(0, 0), (0, 0)]
+            padding[axis] = (0, length - (whole.shape[axis] - size))
+            first = jnp.pad(jax.lax.slice_in_dim(whole, 0, whole.shape[axis] - size, axis=axis), padding)
+            padding[axis] = (length - size, 0)
+            last = jnp.pad(jax.lax.slice_in_dim(whole, whole.shape[axis] - size, None, axis=axis), padding)
+            whole = first | last
+    return whole

@@ -6,12 +6,13 @@ count as changed for the maps that read it. So quantisation, which makes small c
 through the network. Numbers are those of dense inference: nothing is accumulated, a tile is computed from whole inputs.
 
 All of it is one compiled program. Each map has a limit on the tiles worth computing one by one; a map with more is computed
-densely, and a frame of which more than `Plan.limits[input]` tiles changed goes densely through the whole network.
+densely, and a frame of which more than `limits` of the input tiles changed goes densely through the whole network.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltajax.delta_activations import changes
 from deltajax.delta_activations.graph import NO_PADDING, Graph, Node, Padding, Params, head
 
-DENSE = -1  # in `Step.tiles`: the map was computed densely
+DENSE = -1  # among the counts of tiles: the map was computed densely
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Stream:
     Attributes:
       nodes: names of the maps that are computed, in the order of `step`'s counts; the input comes first.
       tilings: of every map.
-      limits: [nodes] integers: more tiles than this are computed densely; of the input: tiles that changed.
+      limits: of every map: more tiles than this are computed densely; of the input: tiles that changed or touch one that
+        did (scattered ones cost more than neighbours), above which all is computed densely (-1: always).
+        `calibrate` chooses them for a machine.
     """
 
     def __init__(
@@ -105,10 +108,18 @@ class Stream:
             counts[name] = rows * columns
         self.tile_counts = counts
         # Where nothing is known: gathered tiles cost about 1.6 times their share of a dense map.
-        self.limits = {name: counts[name] * 3 // 5 for name in self.nodes} | dict(limits or {})
+        self.set_limits({name: counts[name] * 3 // 5 for name in self.nodes} | dict(limits or {}))
         self._margins = _margins(graph)
         self._identity = f"{id(self):x}-{'x'.join(map(str, frame_shape))}"
         self._step = jax.jit(self._advance, donate_argnums=0)
+
+    def set_limits(self, limits: Mapping[str, int]) -> None:
+        """Change some of the limits; nothing is compiled again."""
+        for name, limit in limits.items():
+            if name not in self.nodes or type(limit) is not int or limit < -1:
+                raise ValueError(f"limits must be integers >= -1 by name of a map, got {name!r}: {limit!r}")
+        self.limits = {**getattr(self, "limits", {}), **limits}
+        self._limits = jnp.asarray([self.limits[name] for name in self.nodes], jnp.int32)
 
     def init_state(self) -> State:
         """The state before the first frame; also the reset of a stream."""
@@ -140,8 +151,7 @@ class Stream:
                 raise ValueError(f"{bad} of the frame's {frame.size} values are not finite")
         elif not bool(jnp.isfinite(frame).all()):
             raise ValueError("the frame has values that are not finite")
-        limits = np.array([self.limits[name] for name in self.nodes], np.int32)
-        return self._step(state, self.params, limits, frame)
+        return self._step(state, self.params, self._limits, frame)
 
     def run(self, frames: Iterable[Any], state: State | None = None) -> Iterator[Float[Array, "classes"]]:
         """Logits of each frame of a stream."""
@@ -156,31 +166,31 @@ class Stream:
         frame = frame.astype(jnp.float32)
         values = source.compute(params["maps"][source.name], [frame[None]], [NO_PADDING])[0]
         differ = jnp.any(values != self._inside(source.name, maps[source.name]), axis=-1)
-        count = jnp.sum(changes.tiles(differ, self.tilings[source.name].tile), dtype=jnp.int32)
+        count = jnp.sum(changes.near(differ, self.tilings[source.name].tile), dtype=jnp.int32)
         dense = (count > limits[0]) | ~state.started
         before, after = self._margins[source.name]
         maps[source.name] = jnp.pad(values, ((before, after), (before, after), (0, 0)))
         # Loops that run once or never, not conditionals: XLA lets loops update their arrays in place.
         frame_map = maps.pop(source.name)
-        maps = _once(dense, functools.partial(self._all_dense, params, frame_map), maps)
+        maps = _once(dense, self._all_dense, maps, params, frame_map)
         counts = jnp.full(len(self.nodes) - 1, DENSE, jnp.int32)
-        sparse = functools.partial(self._all_sparse, params, limits, frame_map, differ)
-        maps, counts = _once(~dense, sparse, (maps, counts))
+        maps, counts = _once(~dense, self._all_sparse, (maps, counts), params, limits, frame_map, differ)
         maps[source.name] = frame_map
         last = self.nodes[-1]
         logits = head(params, self._inside(last, maps[last])[None])[0]
         counts = jnp.concatenate([jnp.where(dense, DENSE, count)[None], counts])
         return logits, State(maps, jnp.ones((), bool), state.identity), counts
 
-    def _all_dense(self, params: Params, frame_map: Array, maps: dict[str, Array]) -> dict[str, Array]:
+    def _all_dense(self, maps: dict[str, Array], params: Params, frame_map: Array) -> dict[str, Array]:
         """All maps anew."""
-        values = {self.nodes[0]: frame_map}
+        maps = {**maps, self.nodes[0]: frame_map}
         for node in self.graph.nodes[1:]:
-            values[node.name] = self._whole(node, params, values)
-        return {name: values[name] for name in maps}
+            value = self._whole(node, params["maps"][node.name], maps)
+            maps[node.name] = self._put(node.name, maps[node.name], value)
+        return {name: maps[name] for name in self.nodes[1:]}
 
     def _all_sparse(
-        self, params: Params, limits: Array, frame_map: Array, differ: Array, carry: tuple[dict[str, Array], Array]
+        self, carry: tuple[dict[str, Array], Array], params: Params, limits: Array, frame_map: Array, differ: Array
     ) -> tuple[dict[str, Array], Array]:
         """All maps where the frame changed, each densely if that is cheaper; and the counts of tiles."""
         maps = {**carry[0], self.nodes[0]: frame_map}
@@ -191,7 +201,7 @@ class Stream:
             dirty = self._dirty(node, changed)
             count = jnp.sum(dirty, dtype=jnp.int32)
             overflow = count > limits[i]
-            own = _once(overflow, functools.partial(self._dense, node, params, inputs), own)
+            own = _once(overflow, functools.partial(self._dense, node), own, params["maps"][node.name], inputs)
             own = self._sparse(node, params, inputs, dirty, jnp.where(overflow, 0, count), own)
             maps[node.name], changed[node.name] = own
             counts.append(jnp.where(overflow, DENSE, count))
@@ -203,37 +213,26 @@ class Stream:
         before, _ = self._margins[name]
         return value[before : before + height, before : before + width]
 
-    def _whole(self, node: Node, params: Params, maps: Mapping[str, Array]) -> Array:
-        """A map with its margins, from sources with theirs.
+    def _put(self, name: str, whole: Array, inside: Array) -> Array:
+        """A map with its margins, all else anew."""
+        before, _ = self._margins[name]
+        return jax.lax.dynamic_update_slice(whole, inside, (before, before, 0))
 
-        Margins are computed like pixels and set to zero then: elementwise, that is cheaper than to copy a map into its frame.
-        """
-        inputs = [maps[name][None] for name, _ in node.sources]
-        paddings = [self._padding(node, i) for i in range(len(inputs))]
-        value = node.compute(params["maps"][node.name], inputs, paddings)[0]
-        return jnp.where(self._interior(node.name)[..., None], value, 0)
+    def _whole(self, node: Node, params: dict[str, Array], maps: Mapping[str, Array]) -> Array:
+        """A map without its margins, from sources with theirs."""
+        paddings: list[Padding] = []
+        for name, window in node.sources:  # margins are read as padding; what is too much is cropped
+            side = (window.padding[0] - self._margins[name][0], window.padding[1] - self._margins[name][1])
+            paddings.append((side, side))
+        return node.compute(params, [maps[name][None] for name, _ in node.sources], paddings)[0]
 
-    def _padding(self, node: Node, source: int) -> Padding:
-        """How a whole source, margins included, is to be padded so that the node's window yields its map with margins."""
-        name, window = node.sources[source]
-        before, after = self._margins[node.name]
-        first = before * window.stride - self._margins[name][0] + window.padding[0]
-        paddings = []
-        for length, of_source in zip(self.sizes[node.name][:2], self.sizes[name][:2], strict=True):
-            read = window.extent(before + length + after)
-            paddings.append((first, read - first - of_source - sum(self._margins[name])))
-        return (paddings[0], paddings[1])
-
-    def _interior(self, name: str) -> Array:
-        """True for pixels, false for margins."""
-        height, width, _ = self.sizes[name]
-        return jnp.pad(jnp.ones((height, width), bool), self._margins[name])
-
-    def _dense(self, node: Node, params: Params, maps: dict[str, Array], own: tuple) -> tuple[Array, Array]:
+    def _dense(
+        self, node: Node, own: tuple[Array, Array], params: dict[str, Array], maps: dict[str, Array]
+    ) -> tuple[Array, Array]:
         """A whole map and which of its pixels changed."""
-        value = self._whole(node, params, maps)
-        differ = self._inside(node.name, jnp.any(value != own[0], axis=-1))
-        return jax.lax.optimization_barrier((value, differ))
+        value = jax.lax.optimization_barrier(self._whole(node, params, maps))
+        differ = jnp.any(value != self._inside(node.name, own[0]), axis=-1)
+        return self._put(node.name, own[0], value), differ
 
     def _dirty(self, node: Node, changed: dict[str, Array]) -> Bool[Array, "tiles"]:
         pixels = [changes.readers(changed[name], window) for name, window in node.sources]
@@ -251,34 +250,71 @@ class Stream:
         index = jnp.nonzero(dirty, size=slots, fill_value=0)[0].astype(jnp.int32)
 
         def body(carry):
-            n, value, changed = carry
-            chosen = jax.lax.dynamic_slice_in_dim(index, n * block, block)
+            n, value, differ = carry
+            positions, sources = _inside_loop(n, (index, maps))
+            chosen = jax.lax.dynamic_slice_in_dim(positions, n * block, block)
             top, left = changes.origins(chosen, height, width, tiling.tile)
             inputs = []
             for name, window in node.sources:
                 first = self._margins[name][0] - window.padding[0]
-                inputs.append(
-                    _gather(
-                        maps[name],
-                        top * window.stride + first,
-                        left * window.stride + first,
-                        (window.extent(rows), window.extent(columns)),
-                    )
-                )
+                corner = top * window.stride + first, left * window.stride + first
+                inputs.append(_gather(sources[name], *corner, (window.extent(rows), window.extent(columns))))
             new = node.compute(params["maps"][node.name], inputs, [NO_PADDING] * len(inputs))
             old = _gather(value, top + margin, left + margin, (rows, columns))
-            differ = jnp.any(new != old, axis=-1)
             # Otherwise every one of the updates below would compute all of it again for itself.
-            new, differ = jax.lax.optimization_barrier((new, differ))
+            new, unlike = jax.lax.optimization_barrier((new, jnp.any(new != old, axis=-1)))
             for g in range(block):
                 value = jax.lax.dynamic_update_slice(value, new[g], (top[g] + margin, left[g] + margin, 0))
-                before = jax.lax.dynamic_slice(changed, (top[g], left[g]), (rows, columns))
-                changed = jax.lax.dynamic_update_slice(changed, differ[g] | before, (top[g], left[g]))
-            return n + 1, value, changed
+            return n + 1, value, jax.lax.dynamic_update_slice(differ, unlike, (n * block, 0, 0))
 
-        start = (jnp.zeros((), jnp.int32), *own)
-        _, value, changed = jax.lax.while_loop(lambda carry: carry[0] * block < count, body, start)
-        return value, changed
+        start = (jnp.zeros((), jnp.int32), own[0], jnp.zeros((slots, rows, columns), bool))
+        _, value, differ = jax.lax.while_loop(lambda carry: carry[0] * block < count, body, start)
+        # Tiles are worked off in their order, so the n-th dirty one stands in slot n.
+        slot = jnp.cumsum(dirty) - 1
+        by_tile = differ[slot] & (dirty & (count > 0))[:, None, None]
+        return value, own[1] | changes.assemble(by_tile, height, width)
+
+
+def calibrate(stream: Stream, frames: Sequence[Any], rounds: int = 3) -> dict[str, int]:
+    """Limits that make a sample of a stream's frames fastest on this machine; they are set, and returned to be kept.
+
+    All candidates run in the stream's one compiled program: shares of a map's tiles from which on it is computed densely, then
+    the number of changed tiles of the frame from which on everything is. A frame's time is its smallest of `rounds`.
+
+    Args:
+      stream: its limits are replaced.
+      frames: at least three successive frames, among them some with as much change as there will be: what changes more
+        than any of them is computed densely.
+      rounds: >= 1.
+    """
+    if len(frames) < 3 or rounds < 1:
+        raise ValueError(f"calibration needs 3 frames and 1 round or more, got {len(frames)} and {rounds}")
+
+    def times(share: float, of_input: int) -> tuple[np.ndarray, np.ndarray]:
+        limits = {name: int(share * count) for name, count in stream.tile_counts.items()}
+        stream.set_limits({**limits, stream.nodes[0]: of_input})
+        best = np.full(len(frames) - 1, np.inf)
+        changed = np.zeros(len(frames) - 1, int)
+        for _ in range(rounds):
+            _, state, _ = jax.block_until_ready(stream.step(stream.init_state(), frames[0]))
+            for t, frame in enumerate(frames[1:]):
+                start = time.perf_counter()
+                _, state, counts = jax.block_until_ready(stream.step(state, frame))
+                best[t], changed[t] = min(best[t], time.perf_counter() - start), counts[0]
+        return best, changed
+
+    every = stream.tile_counts[stream.nodes[0]]
+    dense, _ = times(0, -1)
+    found = {share: times(share, every) for share in (0.2, 0.35, 0.5, 0.65, 0.8, 1)}
+    share = min(found, key=lambda share: found[share][0].sum())
+    sparse, changed = found[share]
+    # The number that loses least time against knowing the better way for every frame.
+    candidates = sorted({-1, *changed.tolist()})
+    limit = min(candidates, key=lambda n: np.where(changed <= n, sparse, dense).sum())
+    limits = {name: int(share * count) for name, count in stream.tile_counts.items()}
+    limits[stream.nodes[0]] = limit
+    stream.set_limits(limits)
+    return limits
 
 
 def _gather(x: Array, top: Array, left: Array, size: tuple[int, int]) -> Array:
@@ -290,11 +326,22 @@ def _gather(x: Array, top: Array, left: Array, size: tuple[int, int]) -> Array:
     return jax.vmap(one)(top, left)
 
 
-def _once(condition: Array, function: Any, value: Any) -> Any:
-    """function(value) if the condition holds, else value."""
-    return jax.lax.while_loop(
-        lambda carry: carry[0], lambda carry: (jnp.zeros((), bool), function(carry[1])), (condition, value)
-    )[1]
+def _once(condition: Array, function: Callable, value: Any, *given: Any) -> Any:
+    """function(value, *given) if the condition holds, else value."""
+
+    def body(carry):
+        again, value = carry
+        return jnp.zeros((), bool), function(value, *_inside_loop(again, given))
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, (condition, value))[1]
+
+
+def _inside_loop(carried: Array, given: Any) -> Any:
+    """`given`, made to look as if it depended on what the loop carries.
+
+    Otherwise XLA would move what is computed from it out of the loop, to where it always runs.
+    """
+    return jax.lax.optimization_barrier((carried, given))[1]
 
 
 def _margins(graph: Graph) -> dict[str, tuple[int, int]]:

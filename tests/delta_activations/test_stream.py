@@ -45,7 +45,7 @@ def clip(rng, size=SIZE, length=9):
         if t == 2:
             frame = rng.standard_normal(frame.shape).astype(np.float32)
         elif t == 1:
-            frame[:, :28] = rng.standard_normal(frame[:, :28].shape)
+            frame[:, :16] = rng.standard_normal(frame[:, :16].shape)
         else:
             frame[30:40, 40 + t : 46 + t] += 1
         yield frame
@@ -59,7 +59,7 @@ def basic():
 
 @pytest.fixture(scope="module")
 def runner(basic):
-    return stream.Stream(basic[0], basic[1], (*SIZE, 3))
+    return stream.Stream(basic[0], basic[1], (*SIZE, 3), limits={"stages.1.0": 12})
 
 
 def test_equals_dense_inference(basic, runner):
@@ -147,6 +147,47 @@ def test_folding(config):
     fed = network_graph.operations(folded, *SIZE)
     for name, (shape, fan) in frames.activations(config.network, SIZE).items():
         assert fed[name] == pytest.approx(np.prod(shape) * fan), name
+
+
+def test_calibration(basic, monkeypatch):
+    """By a clock that charges for tiles: dense maps and frames win where they are cheaper, numbers stay the same."""
+    runner = stream.Stream(*basic[:2], (*SIZE, 3))
+    clock = [0.0]
+    price = {"tile": 1.0, "dense": 100.0}
+    step = runner.step
+
+    def charged(state, frame):
+        logits, state, counts = step(state, frame)
+        counts = np.asarray(counts)
+        clock[0] += float(np.where(counts == stream.DENSE, price["dense"], price["tile"] * counts).sum())
+        return logits, state, counts
+
+    monkeypatch.setattr(runner, "step", charged)
+    monkeypatch.setattr(stream.time, "perf_counter", lambda: clock[0])
+    seen = list(clip(np.random.default_rng(5)))
+    limits = stream.calibrate(runner, seen, rounds=1)
+    assert limits == runner.limits and limits["stem"] == runner.tile_counts["stem"]  # tiles are always cheaper here
+    _, state, _ = charged(runner.init_state(), seen[0])
+    assert (charged(state, seen[1] + 1)[2] >= 0).all()
+    price["tile"] = 1e3
+    limits = stream.calibrate(runner, seen, rounds=1)
+    assert limits["input"] == 0  # only frames without any change are cheaper by tiles
+    for frames_, rounds in ((seen[:2], 1), (seen, 0)):
+        with pytest.raises(ValueError, match="calibration needs 3 frames"):
+            stream.calibrate(runner, frames_, rounds)
+    with pytest.raises(ValueError, match="limits must be integers >= -1"):
+        runner.set_limits({"input": -2})
+
+
+def test_assemble():
+    """Tiles of a map whose last tiles overlap their neighbours."""
+    changed = np.random.default_rng(0).random((10, 13)) < 0.2
+    by_tile = []
+    for n in range(12):
+        top, left = (int(x) for x in changes.origins(jnp.asarray(n), 10, 13, (4, 4)))
+        by_tile.append(changed[top : top + 4, left : left + 4])
+    np.testing.assert_array_equal(changes.assemble(jnp.asarray(by_tile), 10, 13), changed)
+    np.testing.assert_array_equal(changes.assemble(jnp.asarray(changed[None]), 10, 13), changed)
 
 
 def test_the_caller_may_reuse_its_buffer(basic, runner):
