@@ -111,7 +111,7 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         Blocks.for_shape(batch, heads, key_dim + key_pad, value_dim + value_pad),
     )
     o, state = o[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
-    return (o if constant is scale else (o * scale).astype(v.dtype)), state
+    return (o if constant is scale else (o.astype(jnp.float32) * scale).astype(v.dtype)), state
 
 
 def _check_device():
