@@ -2,19 +2,24 @@
 
 Claim: the ratio of the largest to the median activation follows the five-parameter law of arXiv 2508.03616 in models trained
 here, too; a pure DeltaNet, which has no softmax to dump attention in, is compared with attention at the same size.
-Command: python -m deltajax.sweep --config=experiments/massive_activations.py --jobs=2
-         python -m deltajax.massive_activations.study --runs=runs/massive_activations
-Result: deltajax/massive_activations/RESULTS.md
+Commands: COMMANDS below; about 90 minutes on one of 2 CPU cores of a shared machine, most of it the largest model.
+Result: the section of RESULTS.md.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from deltajax import data
 from deltajax.layers import attention, delta
+from deltajax.massive_activations import figures, trajectories
 from deltajax.models import gpt_neox, lm
+from deltajax.training import reports
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Probes, Schedule, TrainConfig
+from deltajax.training.reports import Claim, Picture, Report, Table
 
 VOCAB = 257  # bytes and the token that begins a document
 
@@ -82,3 +87,173 @@ def get_config(model: str = SEEDED[0], seed: int = 0, steps: int | None = None) 
     )
     parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()}
     return dataclasses.replace(config, **parts)
+
+
+NAME = "massive_activations"
+COMMANDS = """
+python -m deltajax.sweep --config=experiments/massive_activations.py --jobs=2 --workdir=runs/massive_activations \\
+    --csv=docs/results/massive_activations.csv
+python -m deltajax.massive_activations.study --runs='runs/massive_activations/model=*' --out=docs/results/massive_activations \\
+    --surfaces=neox-14m-0,deltanet-4x64-0 --family='neox-(\\d+x\\d+|14m)-0'
+"""
+SHOWN = ("neox-4x64-0", "neox-8x64-0", "neox-14m-0", "attention-4x64-0", "deltanet-4x64-0", "deltaproduct-4x64-0")
+FAMILY = [name for name in MODELS if name.startswith("neox") and name.count("-") == 1]
+MASSIVE_RATIO = 1000  # the base paper's test, beside a magnitude above 100
+
+
+def get_report() -> Report:
+    """What `python -m deltajax.report` shows: numbers of the study beside those of the sweep."""
+
+    def of(model: str | Sequence[str], metric: str, **where: Any) -> dict:
+        return {"model": model, "metric": metric, **where}
+
+    everyone = [*MODELS, *(SEEDED[0] + suffix for suffix in TRAINING)]
+    return Report(
+        title="Massive activations while small models train",
+        text=TEXT,
+        also=[f"{NAME}_measures"],
+        claims=[
+            Claim(
+                "In small models trained briefly there are massive activations by the base paper's test (above 100 and 1,000 "
+                "times the median).",
+                {"blocks that pass, median over all runs": of(everyone, "massive_blocks")},
+                lambda blocks: blocks >= 1,
+            ),
+            Claim(
+                "The law explains the ratio over training (paper: mean R2 .984 over 188 blocks of Pythia).",
+                {"R2, median over the Pythia-shaped runs of their blocks' median": of(FAMILY, "fit_r2")},
+                lambda r2: r2 >= 0.9,
+            ),
+            Claim(
+                "By AIC it beats both step responses and a constant in most blocks.",
+                {"share of blocks": of(FAMILY, "law_is_best")},
+                lambda share: share > 0.5,
+            ),
+            Claim(
+                "At equal size a pure DeltaNet has a lower ratio than softmax attention.",
+                {"DeltaNet": of("deltanet-4x64", "ratio"), "attention": of("attention-4x64", "ratio")},
+                lambda delta, attention: delta < attention,
+            ),
+            Claim(
+                "Cures lower the ratio.",
+                {"none": of(SEEDED[0], "ratio")} | {cure: of(f"{SEEDED[0]}-{cure}", "ratio") for cure in CURES},
+                lambda none, *cures: all(cure < none for cure in cures),
+            ),
+            Claim(
+                "Setting the 5 largest values of a sequence to zero costs more than setting them to their mean.",
+                {"zero": of(everyone, "zero"), "mean": of(everyone, "mean")},
+                lambda zero, mean: zero > mean,
+            ),
+        ],
+        tables=[
+            Table(
+                "At the end of training: the largest ratio and activation of any block (means over the last 5 probed steps), R2 "
+                "of the law and the share of blocks where it beats its rivals by AIC, and attention on the first token. Best is "
+                "lowest.",
+                ["model"],
+                ["metric"],
+                where={"metric": ["ratio", "top1", "fit_r2", "law_is_best", "first_token_share", "bits_per_byte"]},
+                better="low",
+                labels=LABELS,
+            ),
+            Table(
+                "Interventions, in the block where zero matters most: change of the loss (nats) when the 5 largest values of "
+                "each sequence are overwritten, or their neighbours. Best is lowest.",
+                ["model"],
+                ["metric"],
+                where={"metric": ["zero", "mean", "neighbours"]},
+                better="low",
+                labels=LABELS,
+                digits=5,
+            ),
+        ],
+        pictures=[
+            Picture(
+                "trajectories",
+                "Ratio of every block over training (points) with the law fitted (lines).",
+                _trajectories,
+            ),
+            Picture("surface", "|h| over token and channel, after the block with the largest ratio.", _surface),
+            Picture(
+                "depth",
+                "Parameters of the law against relative depth; filled where the data identify them. One seed of each "
+                "Pythia-shaped model.",
+                _depth,
+            ),
+            Picture(
+                "predictor",
+                "Parameters of the law predicted from the architecture: best estimator in a random split of rows, as "
+                "published, and with every architecture predicted from the others; and what the R2 of the latter loses when "
+                "features are permuted.",
+                _predictor,
+            ),
+        ],
+        notes=NOTES,
+    )
+
+
+CURES = ("kv", "one", "gated")
+LABELS = {
+    "ratio": "ratio",
+    "top1": "largest",
+    "fit_r2": "R2 of the law",
+    "law_is_best": "law is best",
+    "first_token_share": "first token's share",
+    "bits_per_byte": "bits per byte",
+    "zero": "set to zero",
+    "mean": "set to their mean",
+    "neighbours": "neighbours to zero",
+}
+
+
+def _trajectories(results: Path) -> Any:
+    paths = [path for name in SHOWN if (path := results / NAME / "trajectories" / f"{name}.csv").exists()]
+    if not paths:
+        return None
+    drawing, axes = figures.plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained", squeeze=False)
+    for axis, path in zip(axes.flat, paths, strict=False):
+        log = trajectories.read(path)
+        figures.trajectories(axis, log, log.fits())
+        axis.legend(fontsize=6, ncols=2)
+    for axis in axes.flat[len(paths) :]:
+        axis.set_axis_off()
+    return drawing
+
+
+def _surface(results: Path) -> Any:
+    paths = sorted((results / NAME).glob("surface_*.csv"))
+    if not paths:
+        return None
+    size = {"figsize": (6 * len(paths), 4.5), "layout": "constrained", "squeeze": False}
+    drawing, axes = figures.plt.subplots(1, len(paths), subplot_kw={"projection": "3d"}, **size)
+    for axis, path in zip(axes.flat, paths, strict=True):
+        block = path.read_text().partition("\n")[0].strip("# ")
+        figures.surface(axis, np.loadtxt(path, delimiter=","), f"{path.stem.removeprefix('surface_')}, {block}")
+    return drawing
+
+
+def _depth(results: Path) -> Any:
+    path = results / NAME / "fits.csv"
+    if not path.exists():
+        return None
+    rows = [row for row in reports.read(path) if row["model"].removesuffix("-0") in FAMILY]
+    drawing, axes = figures.plt.subplots(1, 5, figsize=(14, 3.2), layout="constrained")
+    figures.depth(axes, rows)
+    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return drawing
+
+
+def _predictor(results: Path) -> Any:
+    paths = [results / NAME / name for name in ("scores.csv", "importance.csv")]
+    if not all(path.exists() for path in paths):
+        return None
+    drawing, axes = figures.plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(3, 2))
+    figures.scores(axes[0], reports.read(paths[0]))
+    figures.importance(axes[1], reports.read(paths[1]))
+    return drawing
+
+
+TEXT = """
+x
+"""
+NOTES: list[str] = []

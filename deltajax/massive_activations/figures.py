@@ -82,3 +82,20 @@ def scores(axes: Any, rows: Sequence[Row]) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(fontsize=8, loc="lower left")
     axes.grid(alpha=0.3, axis="y")
+
+
+def importance(axes: Any, rows: Sequence[Row]) -> None:
+    """How far R2 falls when features are permuted: parameters against groups of features.
+
+    Args:
+      rows: columns parameter, estimator, features, fall.
+    """
+    names = list(dict.fromkeys(row["parameter"] for row in rows))
+    groups = list(dict.fromkeys(row["features"] for row in rows))
+    falls = {(row["parameter"], row["features"]): float(row["fall"]) for row in rows}
+    image = np.array([[falls[name, group] for group in groups] for name in names])
+    axes.imshow(np.clip(image, 0, 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, j in np.ndindex(image.shape):
+        axes.annotate(f"{image[i, j]:.2f}", (j, i), ha="center", va="center", fontsize=7)
+    axes.set(yticks=range(len(names)), yticklabels=names, xticks=range(len(groups)), title="fall of R2 when permuted")
+    axes.set_xticklabels(groups, rotation=35, ha="right", fontsize=8)

@@ -23,6 +23,7 @@ from deltajax.massive_activations.fit import Fit, check_steps, fit_trajectories
 
 STATISTICS = ("top1", "top2", "top3", "median", "ratio", "kurtosis", "position", "channel", "first_token_share")
 COLUMNS = ("model", "step", "layer", *STATISTICS)
+LOG = "activations.csv"  # of probes, in a workdir
 _NEEDED = ("step", "layer", "ratio")
 
 
@@ -119,13 +120,13 @@ def of_run(workdir: str | Path) -> Trajectories:
       FileNotFoundError: no probe log there.
       ValueError: as `read`.
     """
-    path = Path(workdir) / "activations.csv"
+    path = Path(workdir) / LOG
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; train with --config.probes.every=N")
     return dataclasses.replace(read(path), model=Path(workdir).resolve().name)
 
 
-def _of_log(log: Trajectories) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def of_log(log: Trajectories) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """The pairs that `write` takes; steps that not every layer has are left out."""
     for step in next(iter(log.steps.values()), ()):
         at = [np.flatnonzero(steps == step) for steps in log.steps.values()]
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = values.model or Path(values.workdir or values.checkpoints).resolve().name
         out = Path(values.out or f"{model}.csv")
         if values.workdir:
-            count = write(out, model, _of_log(of_run(values.workdir)))
+            count = write(out, model, of_log(of_run(values.workdir)))
         else:
             if not values.text:
                 raise ValueError("--text: a text file is missing")

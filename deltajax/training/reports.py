@@ -69,6 +69,7 @@ class Table:
       scaled: show (accuracy - chance) / (1 - chance).
       better: which value is the best.
       labels: value of a column -> how it is written.
+      digits: after the point.
     """
 
     caption: str
@@ -80,6 +81,7 @@ class Table:
     scaled: bool = False
     better: Literal["high", "low"] = "high"
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    digits: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,21 @@ class Claim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure that is not of curves.
+
+    Attributes:
+      name: of the file.
+      caption: what is seen.
+      draw: folder of the results -> matplotlib's figure; None: what it needs is not there.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Path], Any | None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """A section of the page.
 
@@ -107,7 +124,9 @@ class Report:
       title: its heading.
       text: what was done, with the paper's figures; Markdown.
       claims, figures, tables, comparisons: what is shown of the numbers.
+      pictures: figures that draw themselves.
       notes: what was not run, and why figures differ from the paper's.
+      also: names of more tables, whose rows claims, figures and tables see too; those that are not there are left out.
     """
 
     title: str
@@ -116,7 +135,9 @@ class Report:
     figures: Sequence[Curves] = ()
     tables: Sequence[Table] = ()
     comparisons: Sequence[paired.Paired] = ()
+    pictures: Sequence[Picture] = ()
     notes: Sequence[str] = ()
+    also: Sequence[str] = ()
 
 
 def read(path: Path) -> list[Row]:
@@ -256,7 +277,7 @@ def tabulate(table: Table, rows: Sequence[Row]) -> str:
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         name = _name(table.rows, line, table.labels)
-        cols = [name, *(_cell(cells.get((*line, *column), []), table.better) for column in columns)]
+        cols = [name, *(_cell(cells.get((*line, *column), []), table) for column in columns)]
         cols += [f"{guesses[line]:.3f}" if line in guesses else ""] * bool(guesses)
         cols += [table.published.get(", ".join(line), "")] * bool(table.published)
         out.append("| " + " | ".join(cols) + " |")
@@ -271,11 +292,12 @@ def _chances(chosen, chance, columns):
     return found.items()
 
 
-def _cell(values: Sequence[float], better: str) -> str:
+def _cell(values: Sequence[float], table: Table) -> str:
     if not values:
         return "not run"
-    best = max(values) if better == "high" else min(values)
-    return f"{statistics.median(values):.3f}" + (f" ({best:.3f}, n={len(values)})" if len(values) > 1 else " (n=1)")
+    median, best = statistics.median(values), max(values) if table.better == "high" else min(values)
+    digits, number = table.digits, len(values)
+    return f"{median:.{digits}f}" + (f" ({best:.{digits}f}, n={number})" if number > 1 else " (n=1)")
 
 
 def check(claim: Claim, rows: Sequence[Row]) -> str:
@@ -297,6 +319,8 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
     complete = {member(row) for row in rows if row["status"] == "complete"}
     table = os.path.relpath(folder / f"{name}.csv", page.parent)
     parts.append(f"{len(complete)} runs, [all their numbers]({table})" + f"; {len(failed)} failed" * bool(failed) + ".")
+    more = [folder / f"{other}.csv" for other in report.also]
+    rows = [*rows, *(row for path in more if path.exists() for row in read(path))]
     if report.claims:
         parts.append("\n".join(check(claim, rows) for claim in report.claims))
     for shown in report.tables:
@@ -310,6 +334,13 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
         if select(rows, {"metric": figure.y, figure.x: ANY} | dict(figure.where)):
             draw(figure, rows, path)
             parts.append(f"![{figure.caption}]({os.path.relpath(path, page.parent)})\n\n{figure.caption}")
+    for picture in report.pictures:
+        drawing = picture.draw(folder)
+        if drawing is not None:
+            path = folder / f"{name}_{picture.name}.png"
+            drawing.savefig(path, dpi=110)
+            plt.close(drawing)
+            parts.append(f"![{picture.caption}]({os.path.relpath(path, page.parent)})\n\n{picture.caption}")
     if report.notes:
         parts.append("\n".join(f"- {note}" for note in report.notes))
     return "\n\n".join(parts)
