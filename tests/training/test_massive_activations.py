@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from deltajax.massive_activations import intervene, laws, report
+from deltajax.massive_activations import intervene, laws, report, study
 
 
 def test_interventions(finished, tmp_path, capsys):
@@ -86,3 +86,51 @@ def test_usage_of_the_report(missing, code, message, probed, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (probed / "massive_activations.html").exists()
+
+
+def test_study_of_runs(probed, tmp_path, capsys):
+    """One run of two blocks: too few for a predictor, everything else in tables; the law's numbers come back."""
+    run = tmp_path / "runs" / "model=mine,seed=3"
+    shutil.copytree(probed, run)
+    out = tmp_path / "results" / "tables"
+    flags = [f"--runs={tmp_path}/runs/*", f"--out={out}", "--surfaces=mine-3", "--batches=1"]
+    assert study.main(["", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "mine-3: ratio " in printed and "no predictor: 1 rows of 1 architectures" in printed
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*.csv"))
+    assert files == ["fits.csv", "interventions.csv", "surface_mine-3.csv", "trajectories/mine-3.csv"]
+    with open(out / "fits.csv", newline="") as file:
+        fitted, constant = csv.DictReader(file)
+    assert float(fitted["lambda"]) == pytest.approx(0.3, rel=1e-3)
+    assert (constant["problem"], constant["d_model"]) == ("constant at 7", "32")
+    assert np.loadtxt(out / "surface_mine-3.csv", delimiter=",").shape == (32, 32)
+    with open(out.with_name("tables_measures.csv"), newline="") as file:
+        measures = {row["metric"]: row for row in csv.DictReader(file)}
+    assert measures["ratio"] | {"value": ""} == {
+        **dict(model="mine", seed="3", status="complete", step="12", set="", position="", metric="ratio", value="")
+    }
+    expected = np.mean(laws.modulated_logarithm(np.arange(900, 1000, 20), 500, 0.3, 0.02, 1, 900))
+    assert float(measures["ratio"]["value"]) == pytest.approx(expected, rel=1e-4)
+    assert {name: float(measures[name]["value"]) for name in ("massive_blocks", "law_is_best", "early_peak")} == {
+        "massive_blocks": 1,
+        "law_is_best": 1,
+        "early_peak": 1,
+    }
+    assert float(measures["first_token_share"]["value"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--runs: workdirs of runs with probes are missing"),
+        (["--runs=/nowhere/*"], "--runs=/nowhere/*: no run with probes there; train with --config.probes.every=N"),
+        (["--runs=MINE", "--surfaces=other"], "--surfaces=other: no such model"),
+        (["--runs=MINE", "--family=("], "--family=(: missing ), unterminated subpattern"),
+    ],
+)
+def test_usage_of_the_study(flags, message, probed, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert study.main(["", *(flag.replace("MINE", str(probed)) for flag in flags), f"--out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from training_runs import losses
 
+from benchmarks import massive_probes
 from deltajax import data
-from deltajax.models import lm
+from deltajax.models import gpt_neox, lm
 from deltajax.ops import taps
 from deltajax.training import activation_log
 from deltajax.training.config import Probes
@@ -75,3 +76,15 @@ def test_a_torn_line_and_rows_to_come_are_dropped(tmp_path):
     path.write_text(f"{','.join(activation_log.COLUMNS)}\n{row}\n5{row[1:]}\n7,1,3")
     activation_log.Writer(tmp_path, 5).close()
     assert [int(r["step"]) for r in read(tmp_path)] == [1]
+
+
+def test_steps_in_between_pay_nothing():
+    """The program of a step without probes is that of a model without tags; the tags are there all the same."""
+    model, batch = gpt_neox.Config(257, 16, 2, 2), massive_probes.random_batch(8, 2)
+    tagged = massive_probes.operations(model, batch)
+    with massive_probes.untagged():
+        assert massive_probes.operations(model, batch) == tagged
+    assert sum(tagged.values()) > 50
+    loss = functools.partial(gpt_neox.loss_sums, key=None, train=False)
+    params = gpt_neox.init(jax.random.key(0), model)
+    assert taps.tags(lambda p: loss(p, {}, model, batch), params) == ["first_token_share", "residual"] * 2

@@ -103,6 +103,29 @@ def test_curves_are_medians_with_their_range(rows, monkeypatch, tmp_path):
     }
 
 
+def test_pictures_and_further_tables(tmp_path, rows):
+    """A figure that draws itself stands in the page; rows of another table count as the sweep's own do."""
+    other = {**rows[0], "metric": "ratio", "value": "7", "set": ""}
+    with open(tmp_path / "more.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, other)
+        writer.writeheader()
+        writer.writerow(other)
+    report = reports.Report(
+        "T",
+        "Text.",
+        tables=[Table("Ratios.", ["mixer"], [], "ratio", digits=1)],
+        pictures=[
+            reports.Picture("drawn", "A picture.", lambda folder: reports.plt.figure()),
+            reports.Picture("absent", "None.", lambda folder: None),
+        ],
+        also=["more", "nowhere"],
+    )
+    text = reports.section(report, rows, "t", tmp_path, tmp_path / "page.md")
+    assert "| delta | 7.0 (n=1) |" in text
+    assert "![A picture.](t_drawn.png)" in text and "None." not in text
+    assert (tmp_path / "t_drawn.png").exists()
+
+
 EXPERIMENT = """
 from deltajax.training.reports import Claim, Curves, Report, Table
 

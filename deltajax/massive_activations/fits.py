@@ -1,0 +1,159 @@
+"""Tables of fitted parameters, a row per model and block: written from trajectories, read from ours and from other people's.
+
+A table of somebody else needs the columns model, layer (from 0), A, lambda, gamma, t0 and K, as published_fits.csv in
+docs/massive_activations, whose numbers we made up. Columns of other names are mapped ({"lambda": "lam"}). The architecture comes
+from the columns layers, d_model, num_heads, mlp_dim, rotary_base and rotary_fraction, or from a Pythia model's name.
+"""
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from deltajax.massive_activations import features
+from deltajax.massive_activations.features import Architecture
+from deltajax.massive_activations.fit import PARAMETERS
+from deltajax.massive_activations.trajectories import Trajectories
+
+ARCHITECTURE = tuple(field.name for field in dataclasses.fields(Architecture))
+_INTERVALS = (*PARAMETERS, "peak_step")
+COLUMNS = (
+    *("model", "layer", "kind", "problem", *PARAMETERS, "peak_step"),
+    *(f"{name}_{end}" for name in _INTERVALS for end in ("low", "high")),
+    *("r2", "aic", "first_order_r2", "first_order_aic", "second_order_r2", "second_order_aic", "constant_aic"),
+    *ARCHITECTURE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a predictor learns from.
+
+    Attributes:
+      models: [N] names.
+      architectures: [N]; models of one architecture, such as seeds, are held out together.
+      x: [N, features], see `features.FEATURES`.
+      y: parameter -> [N].
+      left_out: why rows are not among them, "model, layer: reason" each.
+    """
+
+    models: np.ndarray
+    architectures: np.ndarray
+    x: Float[np.ndarray, "N F"]
+    y: Mapping[str, Float[np.ndarray, "N"]]
+    left_out: Sequence[str] = ()
+
+
+def rows(trajectories: Trajectories, architecture: Architecture, statistic: str = "ratio") -> list[dict[str, object]]:
+    """A row per block, as COLUMNS.
+
+    Parameters are those of the best curve, and their intervals are empty where the data leave them open. A block that cannot be
+    fitted has its reason under `problem` and nothing else.
+    """
+    result: list[dict[str, object]] = []
+    for layer, fit in trajectories.fits(statistic).items():
+        row: dict[str, object] = {"model": trajectories.model, "layer": layer, "kind": fit.kind, "problem": fit.problem}
+        row |= {name: getattr(architecture, name) for name in ARCHITECTURE}
+        if fit.score is not None:
+            row |= {name: _text(value) for name, value in fit.parameters.items()}
+            for name, estimate in fit.estimates.items():
+                ends = {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+                row |= {column: _text(value) for column, value in ends.items() if value is not None}
+            if fit.estimates["peak_step"].value is not None:
+                row["peak_step"] = _text(fit.estimates["peak_step"].value)
+            for law, score in {"": fit.score, **fit.rivals}.items():
+                prefix = f"{law}_" if law else ""
+                row |= {f"{prefix}r2": f"{score.r2:.4f}", f"{prefix}aic": f"{score.aic:.1f}"}
+            row.pop("constant_r2")
+        result.append(row)
+    return result
+
+
+def _text(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def write(path: str | Path, table: Iterable[Mapping[str, object]]) -> None:
+    """Rows of `rows`, of any number of models."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def read(paths: Sequence[str | Path], columns: Mapping[str, str] | None = None) -> Table:
+    """The rows of several tables that have all five parameters.
+
+    Args:
+      columns: our name of a column -> its name in these tables, where they differ.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a column is missing, something is no number, a model is not known, a block comes twice or its model is
+        not that deep.
+    """
+    models: list[str] = []
+    architectures: list[str] = []
+    x: list[np.ndarray] = []
+    y: dict[str, list[float]] = {name: [] for name in PARAMETERS}
+    left_out: list[str] = []
+    seen: set[tuple[str, int]] = set()
+    needed = ("model", "layer", *PARAMETERS)
+    names = {name: name for name in (*needed, *ARCHITECTURE, "problem")} | dict(columns or {})
+    unknown = [name for name in columns or {} if name not in (*needed, *ARCHITECTURE)]
+    if unknown:
+        raise ValueError(f"column {unknown[0]!r} is not one of ours ({', '.join((*needed, *ARCHITECTURE))})")
+    for path in map(Path, paths):
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+        missing = [names[name] for name in needed if names[name] not in (reader.fieldnames or ())]
+        if missing:
+            there = ", ".join(reader.fieldnames or ())
+            raise ValueError(f"{path}: column {missing[0]} is missing (there: {there}); map it with --columns")
+        for number, line in enumerate(lines, 2):
+            row = {name: line.get(column) or "" for name, column in names.items()}
+            where = f"{path}: line {number}"
+            if any(not row[name].strip() for name in PARAMETERS):
+                left_out.append(f"{row['model']}, layer {row['layer']}: {row['problem'] or 'parameters are missing'}")
+                continue
+            try:
+                layer = int(row["layer"])
+                numbers = [float(row[name]) for name in PARAMETERS]
+                architecture = _architecture(row)
+                of_block = architecture.features(layer)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if not np.isfinite(numbers).all():
+                left_out.append(f"{row['model']}, layer {layer}: parameters are not finite")
+                continue
+            if (row["model"], layer) in seen:
+                raise ValueError(f"{where}: layer {layer} of {row['model']} comes twice")
+            seen.add((row["model"], layer))
+            models.append(row["model"])
+            architectures.append(str(dataclasses.astuple(architecture)))
+            x.append(of_block)
+            for name, value in zip(PARAMETERS, numbers, strict=True):
+                y[name].append(value)
+    shape = (len(models), len(features.FEATURES))
+    return Table(
+        np.array(models),
+        np.array(architectures),
+        np.reshape(x, shape),
+        {name: np.array(v) for name, v in y.items()},
+        left_out,
+    )
+
+
+def _architecture(row: Mapping[str, str]) -> Architecture:
+    given = {name: row[name] for name in ARCHITECTURE if row[name]}
+    if not given:
+        return features.of_name(row["model"])
+    required = [field.name for field in dataclasses.fields(Architecture) if field.default is dataclasses.MISSING]
+    absent = [name for name in required if name not in given]
+    if absent:
+        raise ValueError(f"{absent[0]} of {row['model']} is missing")
+    return Architecture(**{name: int(x) if name in required else float(x) for name, x in given.items()})  # type: ignore[arg-type]
