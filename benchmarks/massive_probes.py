@@ -82,8 +82,8 @@ def seconds(model: Any, batch: dict[str, np.ndarray], turns: int) -> tuple[float
     for turn in range(turns + 2):
         for i, run in enumerate((step.train, step.train_probed)):
             start = time.perf_counter()
-            state, *rest = run(state, placed)
-            jax.block_until_ready((state, rest))
+            results: tuple[Any, ...] = run(state, placed)
+            state = jax.block_until_ready(results)[0]
             if turn >= 2:
                 best[i] = min(best[i], time.perf_counter() - start)
     return best[0], best[1]

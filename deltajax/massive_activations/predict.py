@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -286,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(action, values, __doc__ or "", argv)
 
 
-def write(path: str, scores: Sequence[Score]) -> None:
+def write(path: str | Path, scores: Sequence[Score]) -> None:
     """Scores as a table of COLUMNS."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
