@@ -35,12 +35,10 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """Delta product; arguments as `IMPLEMENTATIONS` in `deltajax.ops.delta_rule.api` says.
 
     Raises:
-      NotImplementedError: float64, or channel gates.
+      NotImplementedError: float64.
     """
     if initial_state.dtype != jnp.float32:
         raise NotImplementedError(f"the state must be float32, got {initial_state.dtype}")
-    if g is not None and g.ndim == q.ndim:
-        raise NotImplementedError("channel gates (g of shape [B, T, HV, K]) have no TPU kernel yet")
     batch, length, steps, heads = v.shape[:4]
     dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
     if heads > max(HEADS, 2 * q.shape[2]):
@@ -54,31 +52,44 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         return jnp.moveaxis(x.reshape(batch, chunks, 1, tokens * steps, heads), 4, 2)
 
     rows = [per_chunk(beta)]
-    if g is not None:
+    gates = None
+    if g is not None and g.ndim == q.ndim:
+        gates = g.astype(jnp.float32)
+    elif g is not None:
         g = jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
         rows.append(per_chunk(jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2)))
     merged = (x.reshape(batch, length * steps, *x.shape[3:]) for x in (k, v))  # T and R: the same bytes
     sequences = (x.astype(dtype) for x in (q, *merged))
     constant = scale if isinstance(scale, int | float) else 1.0
-    o, state = _scan(*sequences, jnp.concatenate(rows, axis=-2), initial_state, constant)
+    o, state = _scan(*sequences, jnp.concatenate(rows, axis=-2), gates, initial_state, constant)
     return (o if constant is scale else o * scale).astype(v.dtype), state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _scan(q, k, v, rows, state, scale):
-    """q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], rows (beta, gates) [B, chunks, HV, 1 or 2, N], state [B, HV, K, V]."""
-    inverses = _inverses(q, k, v, rows)
-    return _forward(q, k, v, rows, inverses, state, scale, keep_states=False)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _scan(q, k, v, rows, gates, state, scale):
+    """q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], rows (beta, scalar gates) [B, chunks, HV, 1 or 2, N], gates None or
+    [B, T, HV, K], state [B, HV, K, V].
+    """
+    sequences = _sequences(q, k, v, rows, gates)
+    return _forward(sequences, _inverses(sequences), state, scale, keep_states=False)[:2]
 
 
-def _scan_forward(q, k, v, rows, state, scale):
-    inverses = _inverses(q, k, v, rows)
-    o, last, states = _forward(q, k, v, rows, inverses, state, scale, keep_states=True)
-    return (o, last), (q, k, v, rows, inverses, states)
+def _scan_forward(q, k, v, rows, gates, state, scale):
+    sequences = _sequences(q, k, v, rows, gates)
+    inverses = _inverses(sequences)
+    o, last, states = _forward(sequences, inverses, state, scale, keep_states=True)
+    return (o, last), (q, k, v, rows, gates, inverses, states)
 
 
 def _scan_backward(scale, residuals, cotangents):
-    return _backward(scale, *residuals, *cotangents)
+    *sequences, inverses, states = residuals
+    sequences = _sequences(*sequences)
+    *gradients, dstate = _backward(scale, sequences, inverses, states, *cotangents)
+    return *gradients, *[None] * ("gates" not in sequences), dstate
+
+
+def _sequences(q, k, v, rows, gates):
+    return {"q": q, "k": k, "v": v, "rows": rows} | ({} if gates is None else {"gates": gates})
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -113,6 +124,7 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
         "k": sequence(n, key_block, key_dim),
         "v": sequence(n, value_block, value_dim),
         "o": sequence(tokens, value_block, value_dim),
+        "gates": sequence(tokens, value_block, key_dim),
         "rows": per_chunk(row_kinds, n),
         "inverses": per_chunk(n, n * _inverse_parts(k.dtype)),
         "states": per_chunk(key_dim, value_dim),
@@ -144,26 +156,31 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
     )(*inputs.values())
 
 
-def _inverses(q, k, v, rows):
+def _inverses(sequences):
     """(I + A)^-1 of every chunk, as the sum of its parts: [B, chunks, HV, N, parts N]."""
+    dtype, rows = sequences["k"].dtype, sequences["rows"]
 
     def kernel(load, store, refs, out):
         keys = load(refs["k"])
-        a, *_ = _scores(keys, keys, refs["rows"][...], 1.0, k.dtype)
-        out[...] = jnp.concatenate(_inverse(a, k.dtype), axis=2).astype(out.dtype)
+        a, *_ = _scores(keys, keys, refs["rows"][...], _gates(load, refs), 1.0, dtype)
+        out[...] = jnp.concatenate(_inverse(a, dtype), axis=2).astype(out.dtype)
 
     *lead, _, n = rows.shape
-    shape = (*lead, n, n * _inverse_parts(k.dtype))
-    return _call(kernel, "inverse", {"q": q, "k": k, "v": v, "rows": rows}, [("inverses", shape, k.dtype)])[0]
+    return _call(kernel, "inverse", sequences, [("inverses", (*lead, n, n * _inverse_parts(dtype)), dtype)])[0]
+
+
+def _gates(load, refs):
+    return jnp.maximum(load(refs["gates"]), LOWEST_GATE) if "gates" in refs else None
 
 
 def _inverse_parts(dtype):
     return 2 if dtype == jnp.bfloat16 else 1
 
 
-def _forward(q, k, v, rows, inverses, state, scale, keep_states):
+def _forward(sequences, inverses, state, scale, keep_states):
     """(o, last state, states before each chunk if asked for)."""
-    batch, chunks, heads = rows.shape[:3]
+    q, v = sequences["q"], sequences["v"]
+    batch, chunks, heads = inverses.shape[:3]
     outputs = [("o", (*q.shape[:2], *v.shape[2:]), v.dtype), ("state", state.shape, jnp.float32)]
     if keep_states:
         outputs.append(("states", (batch, chunks, heads, *state.shape[2:]), jnp.float32))
@@ -177,65 +194,77 @@ def _forward(q, k, v, rows, inverses, state, scale, keep_states):
 
         for ref in states:
             ref[...] = state[...]
-        q, k, v = (load(refs[name]) for name in "qkv")
-        state[...], out = _chunk(state[...], q, k, v, refs["rows"][...], refs["inverses"][...], scale)
+        arguments = (*(load(refs[name]) for name in "qkv"), refs["rows"][...], _gates(load, refs))
+        state[...], out = _chunk(state[...], *arguments, inverse=refs["inverses"][...], scale=scale)
         store(o, out)
 
         @pl.when(pl.program_id(2) == chunks - 1)
         def _():
             last[...] = state[...]
 
-    inputs = {"q": q, "k": k, "v": v, "rows": rows, "inverses": inverses, "state": state}
+    inputs = {**sequences, "inverses": inverses, "state": state}
     return _call(kernel, "forward", inputs, outputs, state=True)
 
 
-def _backward(scale, q, k, v, rows, inverses, states, do, dlast):
-    """(dq, dk, dv, drows, dstate)."""
-    chunks = rows.shape[1]
-    outputs = [("q", q), ("k", k), ("v", v), ("rows", rows), ("state", dlast)]
+def _backward(scale, sequences, inverses, states, do, dlast):
+    """Gradients of the sequences and of the state."""
+    chunks = inverses.shape[1]
+    shapes = [(layout, x.shape, x.dtype) for layout, x in (*sequences.items(), ("state", dlast))]
 
-    def kernel(load, store, refs, dq, dk, dv, drows, dfirst, dstate):
+    def kernel(load, store, refs, *outputs):
+        *gradients, dfirst, dstate = outputs
+
         @pl.when(pl.program_id(2) == 0)
         def _():
             dstate[...] = refs["state"][...]
 
-        arguments = (refs["states"][...], *(load(refs[name]) for name in "qkv"), refs["rows"][...])
+        arguments = (*(load(refs[name]) for name in "qkv"), refs["rows"][...], _gates(load, refs))
         chunk = functools.partial(_chunk, inverse=refs["inverses"][...], scale=scale)
-        _, pull = jax.vjp(chunk, *arguments)
-        dstate[...], *gradients, drows[...] = pull((dstate[...], load(refs["o"])))
-        for ref, gradient in zip((dq, dk, dv), gradients, strict=True):
-            store(ref, gradient)
+        _, pull = jax.vjp(chunk, refs["states"][...], *arguments)
+        dstate[...], *found = pull((dstate[...], load(refs["o"])))
+        for name, ref, gradient in zip(sequences, gradients, found, strict=False):
+            if name == "rows":
+                ref[...] = gradient
+            else:
+                store(ref, gradient)
 
         @pl.when(pl.program_id(2) == chunks - 1)
         def _():
             dfirst[...] = dstate[...]
 
-    inputs = {"q": q, "k": k, "v": v, "rows": rows, "inverses": inverses, "states": states, "o": do, "state": dlast}
-    shapes = [(layout, x.shape, x.dtype) for layout, x in outputs]
-    return tuple(_call(kernel, "backward", inputs, shapes, state=True, reverse=True))
+    inputs = {**sequences, "inverses": inverses, "states": states, "o": do, "state": dlast}
+    return _call(kernel, "backward", inputs, shapes, state=True, reverse=True)
 
 
 # One chunk of H value heads, in step; q and k are those of the key heads.
 
 
-def _chunk(state, q, k, v, rows, inverse, scale):
-    """(following state, o [H, C, V]) from state [H, K, V], q [., C, K], k [., N, K], v [H, N, V], rows [H, 1 or 2, N]."""
+def _chunk(state, q, k, v, rows, gates, *, inverse, scale):
+    """(following state, o [H, C, V]) from state [H, K, V], q [., C, K], k [., N, K], v [H, N, V], rows [H, 1 or 2, N],
+    gates None or [H, C, K].
+    """
     tokens, dtype = q.shape[1], inverse.dtype
     one, two = (1, 2) if dtype == jnp.bfloat16 else (None, None)  # parts: what stays in the state is kept to 16 bits
     qk = jnp.concatenate([q, k], axis=1)
-    scores, beta, from_start, to_end, total = _scores(qk, k, rows, scale, dtype)
+    scores, beta, from_start, to_end, total = _scores(qk, k, rows, gates, scale, dtype)
     p, a = scores[:, :tokens], scores[:, tokens:]
-    read = from_start * _mm(two, one, _per_value_head(qk, v), state)
+    qk, k = _per_value_head(qk, v), _per_value_head(k, v)
+    per_channel = gates is not None
+    read = _mm(two, one, from_start * qk, state) if per_channel else from_start * _mm(two, one, qk, state)
     v_new = _solve(a, inverse, beta * (v - read[:, tokens:]))
     o = scale * read[:, :tokens] + _mm(one, one, p, v_new)
-    return total * state + _tn(two, two, _per_value_head(k, v), to_end * v_new), o
+    written = _tn(two, two, to_end * k, v_new) if per_channel else _tn(two, two, k, to_end * v_new)
+    return total * state + written, o
 
 
-def _scores(qk, k, rows, scale, dtype):
+def _scores(qk, k, rows, gates, scale, dtype):
     """Products of C queries and N keys (or of the keys alone) with keys, weighed and masked: P above A, [H, C + N, N].
 
-    Then, per row: beta [H, N, 1]; the decays from the chunk's start [H, C + N, 1], to its end [H, N, 1], and in all.
+    Then, per row: beta [H, N, 1]; the decays from the chunk's start [H, C + N, 1], to its end [H, N, 1], and in all
+    [H, 1, 1]; with channel gates [.., K] instead, and [H, K, 1] in all.
     """
+    if gates is not None:
+        return _channel_scores(_per_value_head(qk, rows), _per_value_head(k, rows), rows, gates, scale, dtype)
     n = k.shape[1]
     tokens = qk.shape[1] - n
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
@@ -259,6 +288,59 @@ def _scores(qk, k, rows, scale, dtype):
         total = jnp.exp(jnp.sum(g, axis=2, keepdims=True))
     scores = [jnp.where(sees, weight * x, 0) for (sees, _, weight), x in zip(masks, products, strict=True)]
     return jnp.concatenate(scores, axis=1), beta, from_start, to_end, total
+
+
+def _channel_scores(qk, k, rows, gates, scale, dtype):
+    """`_scores` with gates [H, C, K]: the decay stands inside the product over channels, and differs for every pair.
+
+    Two tokens are told apart at one size of aligned blocks: it is the largest for which they lie in neighbours, an even
+    block and the odd one after it. Their decay is split between these two: exp(gates after j in its block) times
+    exp(gates of i's block up to i). Both exponents are <= 0 whatever the gates, and log2(C) + 1 products
+    give all pairs: those of neighbours at each size, and those of rows of one token, which do not decay.
+    """
+    n, tokens = k.shape[1], gates.shape[1]
+    steps, queries = n // tokens, qk.shape[1] - n
+    one, sum_parts = (1, 2) if dtype == jnp.bfloat16 else (None, 3)
+
+    def token_of(rows, axis, shape):  # the first `queries` rows are one a token, the others `steps`
+        i = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        of_key = ((i - rows).astype(jnp.float32) + 0.5) * (1 / steps)
+        return jnp.where(i < rows, i, of_key.astype(jnp.int32))
+
+    def decays(mask):  # of each row, over the gates of the tokens that the mask(token of row, token) takes
+        shape = (queries + n, tokens)
+        mask = mask(token_of(queries, 0, shape), jax.lax.broadcasted_iota(jnp.int32, shape, 1))
+        return jnp.exp(_masked_sums(sum_parts, mask, gates))
+
+    i, j = token_of(queries, 0, (queries + n, n)), token_of(0, 1, (queries + n, n))
+    products = jnp.where(i == j, _nt(one, one, qk, k), 0)
+    size = 1
+    while size < tokens:
+        within = functools.partial(_within_neighbours, size=size)
+        decay = decays(within)
+        pairs = _nt(one, one, decay * qk, decay[:, queries:] * k)
+        products = jnp.where(((i ^ j) < 2 * size) & ((i & size) > (j & size)), pairs, products)
+        size *= 2
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (queries + n, n), axis) for axis in (0, 1))
+    diagonal = row[:n] == column[:n]
+    beta = _column(rows[:, :1], diagonal)
+    weight = beta if not queries else jnp.concatenate([jnp.full((beta.shape[0], queries, 1), scale), beta], axis=1)
+    scores = jnp.where((row < queries) | (row - queries > column), weight * products, 0)
+    total = jnp.exp(jnp.sum(gates, axis=1, keepdims=True))
+    lanes = [jax.lax.broadcasted_iota(jnp.int32, (total.shape[2],) * 2, axis) for axis in (0, 1)]
+    return (
+        scores,
+        beta,
+        decays(lambda token, s: s <= token),
+        decays(lambda token, s: s > token)[:, queries:],
+        _column(total, lanes[0] == lanes[1]),
+    )
+
+
+def _within_neighbours(token, s, size):
+    """Whether `s` is in the block of `token`, up to it in an odd block and after it in an even one."""
+    odd = (token & size) > 0
+    return ((token ^ s) < size) & ((odd & (s <= token)) | (~odd & (s > token)))
 
 
 def _per_value_head(x, per_value_head):
