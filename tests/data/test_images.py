@@ -3,13 +3,18 @@
 import dataclasses
 import hashlib
 import io
+import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deltajax import data
+from deltajax import data, train
 from deltajax.data import vision
+from deltajax.training import sweeps
+
+RECIPES = str(Path(__file__).parents[2] / "experiments" / "hard_batches_paper.py")
 
 
 def make_archive(folder, name, train=12, test=4, seed=0, change=lambda members: members):
@@ -132,3 +137,30 @@ def test_sizes_and_augmentation():
 def test_bad_configs_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         vision.Config(**fields)
+
+
+@pytest.mark.parametrize("name", vision.ARCHIVES)
+def test_the_papers_recipes_train_on_archives(name, tmp_path):
+    """12 images in 3 batches: a first pass, then rounds of one. A narrow ResNet-18 of 100 classes: one program serves all."""
+    make_archive(tmp_path / "data", name)
+    flags = ["steps=7", "data.verify=false", "data.batch_size=4", "data.image_size=32"]
+    flags += ["model.num_classes=100", "model.widths=4,4,4,4"]
+    config = f"--config={RECIPES}:dataset={name},delta=0.4,folder={tmp_path / 'data'}"
+    assert train.main(["", config, f"--workdir={tmp_path / 'run'}", *(f"--config.{flag}" for flag in flags)]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["examples"], summary["chance"]) == (7, 28, 1 / vision.ARCHIVES[name].classes)
+
+
+@pytest.mark.parametrize(("name", "batches"), [("cifar10", 97), ("cifar100", 97), ("stl10", 9)])
+def test_every_recipe_of_the_paper(name, batches):
+    """Five networks, four deltas; 100 N updates for every delta."""
+    recipes = [member.config for member in sweeps.members(f"{RECIPES}:dataset={name},seeds=1")]
+    assert len({recipe.model for recipe in recipes}) == 5
+    assert sorted({recipe.data.selection.delta for recipe in recipes}) == [0.2, 0.5, 0.8, 1]
+    assert {recipe.steps for recipe in recipes} == {100 * batches}
+    assert {recipe.model.num_classes for recipe in recipes} == {vision.ARCHIVES[name].classes}
+
+
+def test_an_absent_archive_ends_in_one_line(tmp_path, capfd):
+    assert train.main(["", f"--config={RECIPES}:folder={tmp_path}", f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "cifar-10-binary.tar.gz is not in" in (error := capfd.readouterr().err) and error.count("\n") == 1

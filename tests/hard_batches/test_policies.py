@@ -1,5 +1,6 @@
 """Policies against simulations written down independently, step by step, from the papers."""
 
+import doctest
 import random
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltajax import hard_batches
 from deltajax.hard_batches import (
     EasyBatches,
     HardBatches,
@@ -214,3 +216,8 @@ def test_bad_input_is_named(build, message):
     with pytest.raises(ValueError, match=message) as error:
         build()
     assert "\n" not in str(error.value)
+
+
+def test_examples_for_loops_of_ones_own():
+    failed, tried = doctest.testmod(hard_batches)
+    assert (failed, tried > 10) == (0, True)

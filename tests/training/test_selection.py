@@ -52,6 +52,12 @@ def test_delta_one_is_plain_training_bit_for_bit(hard, tmp_path):
     assert [row for row in losses(hard).items()][:5] == [row for row in losses(tmp_path / "one").items()][:5]
 
 
+def test_evaluation_changes_nothing(hard, tmp_path):
+    """Nor the running statistics: they never see test data."""
+    assert run(tmp_path, "evaluation.every=1") == 0
+    jax.tree.map(np.testing.assert_array_equal, final(tmp_path)[0], final(hard)[0])
+
+
 def test_the_table_holds_the_losses_of_the_steps(hard):
     """The trace that the logged losses imply, by the paper's algorithm, has exactly the recorded end."""
     logged = [loss for _, (loss, _) in sorted(losses(hard).items())]
@@ -109,10 +115,11 @@ def test_scores_are_the_losses_of_unseen_examples(tmp_path):
 
 
 def test_language_models_select_too(tmp_path):
-    """Batches of windows of text; the tiny model as other tests compile it."""
+    """Batches of windows of text, for the half of the tiny model that compiles fast."""
     for n in range(12):
         (tmp_path / f"{n}.txt").write_text(f"document {n} " * 12)
     flags = ["data.selection=hard_batches", "data.selection.delta=0.5", f"data.corpus={tmp_path}"]
+    flags += ["model.pattern=swa,swa", "optimizer.name=adamw"]
     assert run(tmp_path / "run", *flags, config=TINY) == 0
     table = final(tmp_path / "run")[1]["iterator"]["state"]["losses"]["values"]
     assert len(table) == 5 and np.isfinite(table).all()
