@@ -46,6 +46,7 @@ def report(
         text=f"{text.strip()}\n\nCommand: `python -m experiments.{experiment}`",
         comparisons=[
             Paired(
+                "against_plain",
                 "Every policy against plain training on the same batches.",
                 settings=("policy", "delta"),
                 baseline={"policy": "in_order", "delta": 0.5},
@@ -53,6 +54,7 @@ def report(
                 better=better,
             ),
             Paired(
+                "against_random",
                 "Hard batches against the control, as many random ones.",
                 settings=("policy", "delta"),
                 baseline={"policy": "random"},

@@ -19,6 +19,7 @@ from experiments import hard_batches_common as common
 NAME = "hard_batches_text"
 FOLDERS = ("json", "wsgiref")
 STEPS = 300
+NOTES: tuple[str, ...] = ()
 
 
 def get_config(
@@ -72,8 +73,6 @@ the control. Seconds are those of one core of a shared machine.""",
         NOTES,
     )
 
-
-NOTES: list[str] = []
 
 if __name__ == "__main__":
     sys.exit(common.run(NAME))

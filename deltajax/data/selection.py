@@ -15,6 +15,10 @@ Losses = Callable[[], np.ndarray]
 _GIVEN = ("updates", "irreducible")  # what the config says: not kept in checkpoints
 
 
+class UnrankableLoss(RunError):
+    """A policy was given a loss that is not a number."""
+
+
 class SelectedBatches:
     """An endless iterator of training batches; every process runs the same policy on the same losses.
 
@@ -150,7 +154,7 @@ class SelectedBatches:
         try:
             self._state = self.policy.update(self._state, draw, losses)
         except ValueError as error:
-            raise RunError(f"data.selection: {error}") from None
+            raise UnrankableLoss(f"data.selection: {error}") from None
 
 
 def _to_json(x: Any) -> Any:

@@ -247,9 +247,10 @@ class RhoLoss(ExamplePolicy):
         try:
             table = np.load(Path(self.table).expanduser(), allow_pickle=False)
         except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(
-                f"table must be a .npy file with a loss for each of the {num_examples} training examples, "
-                f"got {self.table!r} ({error})"
+                f"table must be a .npy file with a loss for each of the {num_examples} training examples, as "
+                f"`python -m deltajax.score` writes it, got {self.table!r} ({reason})"
             ) from None
         if table.shape != (num_examples,) or not np.isfinite(table).all():
             raise ValueError(

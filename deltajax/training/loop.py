@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from deltajax import data
-from deltajax.data.selection import SelectedBatches
+from deltajax.data.selection import SelectedBatches, UnrankableLoss
 from deltajax.errors import RunError
 from deltajax.hard_batches import ExamplePolicy
 from deltajax.layers.param import count_params
@@ -54,6 +54,8 @@ def run(config: TrainConfig, workdir: Path) -> None:
                 run.finish()
             except KeyboardInterrupt:
                 raise RunError(f"interrupted; {run.kept()}, the same command continues") from None
+            except UnrankableLoss as error:
+                raise RunError(f"{error}; {run.kept()}") from None
 
 
 def make_step(config: TrainConfig) -> Step:

@@ -1,10 +1,13 @@
 """Differences of runs that share a seed: what a setting is worth against a baseline, with intervals over seeds."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+from matplotlib.figure import Figure
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -20,9 +23,10 @@ DEFINITION = (
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """A table of every setting against a baseline, paired by seed.
+    """A table and a figure of every setting against a baseline, paired by seed.
 
     Attributes:
+      name: of the figure's file.
       caption: what is seen.
       settings: columns whose values name a row.
       baseline: values of these columns; one that is not named has the row's own value.
@@ -32,6 +36,7 @@ class Paired:
       where: column -> allowed value or values; others are left out.
     """
 
+    name: str
     caption: str
     settings: Sequence[str]
     baseline: Mapping[str, Any]
@@ -70,40 +75,49 @@ def updates_to_reach(curve: Mapping[int, float], level: float, better: str) -> i
 
 def tabulate(paired: Paired, rows: Iterable[Mapping[str, str]]) -> str:
     """The table in Markdown, and what stands out of it; `DEFINITION` says what the columns are."""
-    runs = _read(paired, rows)
-    base = {
-        setting: tuple(str(paired.baseline.get(c, own)) for c, own in zip(paired.settings, setting, strict=True))
-        for setting in runs
-    }
-    runs = {setting: by_seed for setting, by_seed in runs.items() if base[setting] in runs}
-    if not runs:
+    compared = _compare(paired, rows)
+    if not compared:
         return f"Not run: there are no numbers for the baseline {', '.join(map(str, paired.baseline.values()))}."
     last, best = f"last {paired.metric}", f"best {paired.metric}"
     out = [_row(*paired.settings, last, "difference", best, "difference", *REACH, *COSTS.values(), "seeds")]
-    out.append(_row(*["---"] * out[0].count(" | "), "---"))
-    sign = 1 if paired.better == "high" else -1
-    gains: list[dict[str, tuple[float, float]]] = [{}, {}, {}]
-    for setting, by_seed in runs.items():
-        cells, differences = _compare(paired, by_seed, runs[base[setting]])
-        shown = [_signed(*x, digits) if x else "" for x, digits in zip(differences, (4, 4, 0), strict=True)]
-        if setting == base[setting]:
-            shown = ["baseline"] * 3
+    out.append(_row(*["---"] * (out[0].count("|") - 1)))
+    for setting, (cells, differences) in compared.items():
+        shown = ["baseline"] * 3
+        if differences is not None:
+            shown = [_signed(x, digits) if x else "" for x, digits in zip(differences, (4, 4, 0), strict=True)]
         out.append(_row(*setting, cells[0], shown[0], cells[1], shown[1], *cells[2:4], shown[2], *cells[4:]))
-        for of_criterion, difference, up in zip(gains, differences, (sign, sign, -1), strict=True):
-            if difference:
-                of_criterion[" ".join(setting)] = up * difference[0], difference[1]
-    others = sum(setting != base[setting] for setting in runs)
-    out += [
-        "",
-        f"Beyond the interval, of {others} (by chance alone about {(1 - CONFIDENCE) * others:.1f} in each line):",
-        "",
-    ]
-    for criterion, of_criterion in zip((last, best, "updates to reach the baseline"), gains, strict=True):
-        gained, lost = (
-            [setting for setting, (mean, half) in of_criterion.items() if sign * mean > half] for sign in (1, -1)
-        )
-        out.append(f"- {criterion}: better {', '.join(gained) or 'none'}; worse {', '.join(lost) or 'none'}.")
+    others = {" ".join(setting): differences for setting, (_, differences) in compared.items() if differences}
+    by_chance = (1 - CONFIDENCE) * len(others)
+    out += ["", f"Beyond the interval, of {len(others)} (by chance alone about {by_chance:.1f} in each line):", ""]
+    for i, criterion in enumerate((last, best, "updates to reach the baseline")):
+        up = 1 if paired.better == "high" and i < 2 else -1
+        gains = {setting: (up * x[i][0], x[i][1]) for setting, x in others.items() if x[i]}
+        better = [setting for setting, (mean, half) in gains.items() if mean > half]
+        worse = [setting for setting, (mean, half) in gains.items() if -mean > half]
+        out.append(f"- {criterion}: better {', '.join(better) or 'none'}; worse {', '.join(worse) or 'none'}.")
     return "\n".join(out)
+
+
+def draw(paired: Paired, rows: Iterable[Mapping[str, str]], path: Path) -> bool:
+    """Write a figure (PNG) of the differences to the baseline with their intervals; whether there are any."""
+    others = {" ".join(setting): x for setting, (_, x) in _compare(paired, rows).items() if x}
+    if not others:
+        return False
+    figure = Figure(figsize=(9, 0.9 + 0.28 * len(others)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, i, label in ((axes[0], 0, f"difference of the last {paired.metric}"), (axes[1], 2, REACH[2])):
+        for y, differences in enumerate(others.values()):
+            mean, half = differences[i] or (math.nan, math.nan)
+            bar = half if math.isfinite(half) else None
+            axis.errorbar(mean, y, xerr=bar, fmt="o", markersize=4, color="C3" if abs(mean) > half else "C0")
+        axis.axvline(0, color="gray", linewidth=0.8)
+        axis.set_xlabel(f"{label} ({paired.better if i == 0 else 'low'} is better)")
+        axis.locator_params(axis="x", nbins=6)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(others)), list(others))
+    axes[0].set_ylim(len(others) - 0.5, -0.5)
+    figure.savefig(path, dpi=110)
+    return True
 
 
 def _row(*cells: str) -> str:
@@ -124,10 +138,21 @@ def _read(paired: Paired, rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, 
     return runs
 
 
-def _compare(
+def _compare(paired: Paired, rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, ...], tuple[list[str], Any]]:
+    """Setting -> cells, and (mean, half the interval) of how it differs: last, best, updates to reach; None: a baseline."""
+    runs = _read(paired, rows)
+    compared: dict[tuple[str, ...], tuple[list[str], Any]] = {}
+    for setting, by_seed in runs.items():
+        base = tuple(str(paired.baseline.get(c, own)) for c, own in zip(paired.settings, setting, strict=True))
+        if base in runs:
+            cells, differences = _differences(paired, by_seed, runs[base])
+            compared[setting] = cells, None if setting == base else differences
+    return compared
+
+
+def _differences(
     paired: Paired, runs: Mapping[str, Run], base: Mapping[str, Run]
 ) -> tuple[list[str], list[tuple[float, float] | None]]:
-    """The cells of a setting, and (mean, half the interval) of what it differs by: last, best, updates to reach."""
     best = max if paired.better == "high" else min
     seeds = [seed for seed in runs if seed in base]
     cells: list[str] = []
@@ -155,7 +180,8 @@ def _chosen(row: Mapping[str, str], where: Mapping[str, Any]) -> bool:
     )
 
 
-def _signed(mean: float, half: float, digits: int) -> str:
+def _signed(difference: tuple[float, float], digits: int) -> str:
     """A difference with its interval, if there is one: a single value has none."""
+    mean, half = difference
     text = f"{mean:+.{digits}f} " + (f"± {half:.{digits}f}" if half < float("inf") else "(1 seed)")
     return f"**{text}**" if abs(mean) > half else text

@@ -327,6 +327,9 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
         parts += [f"{shown.caption} Median over seeds (best, number of seeds).", tabulate(shown, rows)]
     for comparison in report.comparisons:
         parts += [comparison.caption, paired.tabulate(comparison, rows)]
+        path = folder / f"{name}_{comparison.name}.png"
+        if paired.draw(comparison, rows, path):
+            parts.append(f"![{comparison.caption}]({os.path.relpath(path, page.parent)})")
     if report.comparisons:
         parts.append(paired.DEFINITION)
     for figure in report.figures:

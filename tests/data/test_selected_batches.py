@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deltajax.data.loader import Dataset
-from deltajax.errors import RunError
+from deltajax.data.selection import UnrankableLoss
 from deltajax.hard_batches import (
     EasyBatches,
     HardBatches,
@@ -167,7 +167,7 @@ def test_nan_ends_the_run_in_one_line():
     for _ in range(5):
         next(iterator)
         iterator.observe(lambda: np.float32(np.nan))
-    with pytest.raises(RunError, match="selection: loss of batch 0 must be a number to rank it by, got nan"):
+    with pytest.raises(UnrankableLoss, match="selection: loss of batch 0 must be a number to rank it by, got nan"):
         next(iterator)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltajax.training.paired import Paired, interval, tabulate, updates_to_reach
+from deltajax.training.paired import Paired, draw, interval, tabulate, updates_to_reach
 
 
 def rows(policy, seed, curve, seconds=2.0):
@@ -12,7 +12,7 @@ def rows(policy, seed, curve, seconds=2.0):
     yield common | {"step": "3", "set": "", "metric": "seconds", "value": str(seconds)}
 
 
-def test_differences_and_updates():
+def test_differences_and_updates(tmp_path):
     """Seed 0 gains 0.1 at the end and reaches 0.8 at 20 instead of 30; seed 1 gains 0.3 and is at 0.5 at 10 instead of 20."""
     table = [
         *rows("plain", 0, {10: 0.5, 20: 0.7, 30: 0.8}),
@@ -22,7 +22,7 @@ def test_differences_and_updates():
         *rows("worse", 0, {10: 0.1, 20: 0.2, 30: 0.1}),
         *rows("worse", 1, {10: 0.1, 20: 0.2, 30: 0.1}),
     ]
-    text = tabulate(Paired("", ("policy",), {"policy": "plain"}), table)
+    text = tabulate(Paired("", "", ("policy",), {"policy": "plain"}), table)
     half = 12.7062 * 0.1414214 / 2**0.5  # t quantile of one degree of freedom, deviation of 0.1 and 0.3
     assert f"| other | 0.8500 | +0.2000 ± {half:.4f} | 0.9000 |" in text
     assert "| 15 | 2 of 2 | **-10 ± 0** | 0 | 0 | 2 | 2 |" in text
@@ -32,15 +32,18 @@ def test_differences_and_updates():
     assert "of 2 (by chance alone about 0.1 in each line)" in text
     assert "- last accuracy: better none; worse none.\n" in text
     assert text.endswith("- updates to reach the baseline: better other; worse none.")
-    fewer = tabulate(Paired("", ("policy",), {"policy": "plain"}, where={"policy": ["plain", "worse"]}), table)
+    fewer = tabulate(Paired("", "", ("policy",), {"policy": "plain"}, where={"policy": ["plain", "worse"]}), table)
     assert "| other" not in fewer and "| worse" in fewer
-    one = tabulate(Paired("", ("policy",), {"policy": "plain"}), [row for row in table if row["seed"] == "0"])
+    one = tabulate(Paired("", "", ("policy",), {"policy": "plain"}), [row for row in table if row["seed"] == "0"])
     assert "| other | 0.9000 | +0.1000 (1 seed) | 0.9000 | +0.1000 (1 seed) | 20 | 1 of 1 | -10 (1 seed) |" in one
     grouped = [{**row, "delta": delta} for row in table for delta in "12"]
-    both = tabulate(Paired("", ("policy", "delta"), {"policy": "plain"}), grouped)  # of the same delta each
+    both = tabulate(Paired("", "", ("policy", "delta"), {"policy": "plain"}), grouped)  # of the same delta each
     assert both.count("| baseline |") == 6 and f"| other | 2 | 0.8500 | +0.2000 ± {half:.4f} |" in both
     assert "of 4 (by chance" in both
-    absent = tabulate(Paired("", ("policy",), {"policy": "absent"}), table)
+    assert draw(Paired("", "", ("policy",), {"policy": "plain"}), table, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert not draw(Paired("", "", ("policy",), {"policy": "absent"}), table, tmp_path / "y.png")
+    absent = tabulate(Paired("", "", ("policy",), {"policy": "absent"}), table)
     assert absent == "Not run: there are no numbers for the baseline absent."
 
 
