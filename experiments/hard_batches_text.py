@@ -19,7 +19,13 @@ from experiments import hard_batches_common as common
 NAME = "hard_batches_text"
 FOLDERS = ("json", "wsgiref")
 STEPS = 300
-NOTES: tuple[str, ...] = ()
+NOTES = (
+    "Plainly: what the paper claims of images does not show on text. No policy and no delta is better than plain training by "
+    "more than its interval, in the last loss, the best loss or the updates.",
+    "At delta = 0.2 hard batches end below as many random ones, beyond the interval only in the best loss; at 0.5 not.",
+    "Plain training in a fixed order has a lower best loss than with a new shuffle each epoch; why was not looked into.",
+    "300 updates are three passes over the text: after the first one only 205 updates were chosen by loss.",
+)
 
 
 def get_config(

@@ -7,12 +7,19 @@ import grain
 import numpy as np
 
 from deltajax.errors import RunError
-from deltajax.hard_batches import BatchPolicy, Draw, ExamplePolicy
+from deltajax.hard_batches import BatchPolicy, Draw, ExamplePolicy, Shuffled
 
 Batch = dict[str, np.ndarray]
 Losses = Callable[[], np.ndarray]
 
-_GIVEN = ("updates", "irreducible")  # what the config says: not kept in checkpoints
+_GIVEN = ("batch_size", "updates", "irreducible")  # what the config says: not kept in checkpoints
+
+
+def check_policy(policy: BatchPolicy | ExamplePolicy | Shuffled, state: dict[str, Any]) -> None:
+    """Raise a ValueError if the state of an iterator, selected or shuffled, was made with another policy."""
+    made, now = state.get("policy", Shuffled.__name__), type(policy).__name__
+    if made != now:
+        raise ValueError(f"data.selection: the checkpoint was made with {made}, not {now}")
 
 
 class UnrankableLoss(RunError):
@@ -117,10 +124,8 @@ class SelectedBatches:
         Raises:
           ValueError: it is another policy's, or of other data.
         """
+        check_policy(self.policy, state)
         fresh = self._state
-        if state.get("policy") != type(self.policy).__name__:
-            other = state.get("policy", "shuffled")
-            raise ValueError(f"data.selection: the checkpoint was made with {other}, not {type(self.policy).__name__}")
         restored = {name: _from_json(x) for name, x in state["state"].items()}
         for name in ("losses", "num_examples"):
             if name in fresh and np.size(fresh[name]) != np.size(restored[name]):

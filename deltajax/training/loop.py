@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from deltajax import data
-from deltajax.data.selection import SelectedBatches, UnrankableLoss
+from deltajax.data.selection import SelectedBatches, UnrankableLoss, check_policy
 from deltajax.errors import RunError
 from deltajax.hard_batches import ExamplePolicy
 from deltajax.layers.param import count_params
@@ -109,6 +109,7 @@ class Run:
         if restored:
             self.step, self.state, progress = restored
             self._check_same_data(progress)
+            check_policy(dataset.selection, progress["iterator"])
             self.iterator.set_state(progress["iterator"])
             self.best_loss = progress["best_loss"]
             changed = serialize.differences(serialize.from_json(progress["config"]), config)

@@ -109,6 +109,19 @@ def test_one_and_four_processes(policy, table):
     assert len({tuple(examples) for examples, _ in one}) > 1
 
 
+@pytest.mark.parametrize("policy", POLICIES[5:], ids=str)
+def test_each_example_gets_its_own_loss(policy, table):
+    """The policy driven by hand, with losses by the number of the example, draws the same."""
+    state, expected = policy.init(45, 8, 30), []
+    while len(expected) < 30:
+        for draw in policy.upcoming(state):
+            step = -1 if draw.scored else len(expected)
+            state = policy.update(state, draw, loss(step, draw.examples.astype(np.float32)))
+            if not draw.scored:
+                expected.append(draw.examples.tolist())
+    assert [examples for examples, _ in train(dataset(policy), 1, 30)[0]] == expected[:30]
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_restart_anywhere(policy, table):
     """From the JSON of any step on, the batches that follow are those of a run that was not stopped."""
@@ -124,6 +137,20 @@ def test_restart_anywhere(policy, table):
         second.iterator.set_state(state)
         assert [next(second) for _ in range(24 - stop)] == expected[stop:]
         assert second.iterator.scored == whole.iterator.scored
+
+
+def test_another_batch_size_after_a_restart(table):
+    """Policies over examples go on with it; those over batches have other batches then."""
+    for policy in POLICIES:
+        first = Process(dataset(policy))
+        next(first)
+        second = Process(dataset(policy, batch_size=4))
+        if first.iterator.by_example:
+            second.iterator.set_state(first.iterator.get_state())
+            assert all(len(next(second)[0]) == 4 for _ in range(8))
+        else:
+            with pytest.raises(ValueError, match="the checkpoint's table has 5 losses, the data 11"):
+                second.iterator.set_state(first.iterator.get_state())
 
 
 def test_batches_are_always_the_same_examples():
@@ -177,5 +204,5 @@ def test_a_state_of_something_else_is_refused():
         dataset(EasyBatches()).train_iterator().set_state(state)
     with pytest.raises(ValueError, match="the checkpoint's table has 5 losses, the data 2"):
         dataset(HardBatches(), size=17).train_iterator().set_state(state)
-    with pytest.raises(ValueError, match="made with shuffled"):
+    with pytest.raises(ValueError, match="made with Shuffled, not HardBatches"):
         dataset(HardBatches()).train_iterator().set_state({"next_index": 3})

@@ -142,10 +142,12 @@ def test_bad_input_ends_in_one_line(flags, code, message, tmp_path, capfd):
     assert message in err and err.count("\n") == 1
 
 
-def test_another_policy_cannot_go_on(hard, tmp_path, capfd):
+@pytest.mark.parametrize("other", ["EasyBatches", "Shuffled"])
+def test_another_policy_cannot_go_on(hard, tmp_path, capfd, other):
     (tmp_path / "run").symlink_to(hard)
-    assert run(tmp_path / "run", "data.selection=easy_batches", "steps=14") == 2
-    assert "the checkpoint was made with HardBatches, not EasyBatches" in capfd.readouterr().err
+    flag = {"EasyBatches": "easy_batches", "Shuffled": "shuffled"}[other]
+    assert run(tmp_path / "run", f"data.selection={flag}", "steps=14") == 2
+    assert f"the checkpoint was made with HardBatches, not {other}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
