@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from deltajax.data import formal, mad, moving_digits, mqar, text, vision, word_problem
+from deltajax.data import formal, mad, moving_digits, mqar, text, ucf101, vision, word_problem
 from deltajax.data.loader import Batch, Dataset
 from deltajax.data.text import Config, compressed_bits_per_byte
 from deltajax.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
@@ -15,6 +15,7 @@ LOADERS: dict[type, Callable[[Any], Dataset]] = {
     mqar.Config: mqar.load,
     mad.Config: mad.load,
     moving_digits.Config: moving_digits.load,
+    ucf101.Config: ucf101.load,
     vision.Config: vision.load,
 }
 

@@ -200,8 +200,9 @@ class TrainConfig:
       seed: of the initial parameters and the final sample (the data have their own).
       grad_accumulation: microbatches per step; memory falls, the update stays the same.
       log_every: steps between rows of metrics.
-      init_from: folder of an earlier run: its last parameters and statistics replace the initial ones wherever paths and
-        shapes agree (the rest is new, such as the steps of delta activations); "": none.
+      init_from: folder of an earlier run, whose last parameters and statistics replace the initial ones wherever paths and
+        shapes agree (the rest is new, such as the steps of delta activations); or a .safetensors file with torchvision's or
+        timm's weights of the network, all but its head; "": none.
       prompt: beginning of the sample written when the run ends.
     """
 
