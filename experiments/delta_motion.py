@@ -15,13 +15,13 @@ from deltajax.ops.delta_activation import StepGradient
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
 from experiments import motion
 
-STEPS = 120
+STEPS = 160
 
 
 def get_config(
     seed: int = 0,
     penalty: Penalty | Literal["none"] = "temporal",
-    rate: float = 1e-3,
+    rate: float = 1e-2,
     step_gradient: StepGradient = "raise",
     baselines: str = "runs/motion",
 ) -> TrainConfig:
@@ -54,8 +54,8 @@ def get_grid() -> list[dict[str, list]]:
     seeds = [0, 1, 2]
     return [
         {"penalty": ["none"], "rate": [0.0], "step_gradient": ["raise"], "seed": seeds},
-        {"penalty": ["temporal"], "rate": [1e-3, 1e-2, 1e-1], "step_gradient": ["raise"], "seed": seeds},
-        {"penalty": ["spatial"], "rate": [1e-3, 1e-2], "step_gradient": ["raise"], "seed": seeds},
-        {"penalty": ["tile"], "rate": [1e-2, 1e-1], "step_gradient": ["raise"], "seed": seeds},
+        {"penalty": ["temporal"], "rate": [1e-3, 1e-2, 3e-2], "step_gradient": ["raise"], "seed": seeds},
+        {"penalty": ["spatial"], "rate": [1e-2], "step_gradient": ["raise"], "seed": seeds},
+        {"penalty": ["tile"], "rate": [1e-2], "step_gradient": ["raise"], "seed": seeds},
         {"penalty": ["temporal"], "rate": [1e-2], "step_gradient": ["lsq"], "seed": seeds},
     ]

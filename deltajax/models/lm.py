@@ -258,7 +258,10 @@ def hidden(
 
 
 def _unit(config: Config, unit: tuple[str, ...], segment_ids: Array | None, x: Array, layers: tuple) -> tuple:
-    """Pre-norm layers: x + mixer(norm(x)), then x + mlp(norm(x)), which is tagged "residual" (see `ops.taps`)."""
+    """Pre-norm layers: x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    The sum is tagged "residual", what the two read "mixer_input" and "mlp_input" (see `ops.taps`).
+    """
     params, state = layers
     x = lay_out(x, "BT.")
     new_state = {}
@@ -267,10 +270,11 @@ def _unit(config: Config, unit: tuple[str, ...], segment_ids: Array | None, x: A
         y, new_state[str(i)] = mixers_lib.module_of(mixer).apply(
             p["mixer"],
             mixer,
-            rms_norm(x, p["mixer_norm"], config.norm_eps),
+            tag(rms_norm(x, p["mixer_norm"], config.norm_eps), "mixer_input"),
             segment_ids=segment_ids,
             state=None if state is None else state[str(i)],
         )
         x = x + y
-        x = tag(x + mlp.apply(p["mlp"], rms_norm(x, p["mlp_norm"], config.norm_eps)), "residual")
+        into_mlp = tag(rms_norm(x, p["mlp_norm"], config.norm_eps), "mlp_input")
+        x = tag(x + mlp.apply(p["mlp"], into_mlp), "residual")
     return x, new_state

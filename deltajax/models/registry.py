@@ -23,10 +23,11 @@ every step and microbatch (None in evaluation); statistics come back changed onl
 
 from typing import Any
 
-from deltajax.models import autoencoder, efficientnet, frames, gpt_neox, lm, resnet
+from deltajax.models import autoencoder, delta_lm, efficientnet, frames, gpt_neox, lm, resnet
 
 MODELS: dict[type, Any] = {
     lm.Config: lm,
+    delta_lm.Config: delta_lm,
     gpt_neox.Config: gpt_neox,
     autoencoder.Config: autoencoder,
     resnet.Config: resnet,

@@ -66,7 +66,9 @@ def differences(o: Float[Array, "B T *D"], previous: Float[Array, "B *D"] | None
     """D_t = O_t - O_(t-1): [B, T, ...] after the frame `previous`, [B, T - 1, ...] without it (the first frame is excluded)."""
     if previous is not None:
         o = jnp.concatenate([previous[:, None].astype(o.dtype), o], axis=1)
-    return o[:, 1:] - o[:, :-1]
+    new, old = o[:, 1:], o[:, :-1]
+    # The product in O may be fused into the subtraction and is then not rounded: of equal numbers something would be left.
+    return jnp.where(new == old, 0, new - old)
 
 
 def sparsity_loss(d: Float[Array, "B T *D"], fan_out: float) -> Float[Array, ""]:

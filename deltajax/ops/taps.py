@@ -60,6 +60,15 @@ def replace(f: Callable, replacements: Mapping[str, Replacement]) -> Callable:
     return lambda *args: visiting(*args)[0]
 
 
+def replace_and_capture(f: Callable, visits: Mapping[str, _Visit]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Both at once: `f` with each marked value replaced, and what was computed from it; arguments and errors as in `capture`.
+
+    Args:
+      visits: name of a tag -> function of (a marked value, its place) -> (what stands there instead, a pytree of arrays).
+    """
+    return _visiting(f, visits)
+
+
 def tags(f: Callable, *args: Any) -> list[str]:
     """The tags of the values that `f(*args)` marks, in the order in which they are reached; nothing is computed."""
     return _tags(jax.make_jaxpr(f)(*args).jaxpr)

@@ -68,6 +68,14 @@ def test_outputs_and_state():
     np.testing.assert_array_equal(reset[:, 0], o[:, 2])
 
 
+def test_equal_levels_have_no_difference_when_compiled():
+    """Steps whose multiples are rounded; the compiler may fuse the product into the subtraction."""
+    z, step = draw((2, 12, 16)), jnp.full(16, 0.1)
+    level = np.round(z / np.asarray(step))
+    share = jax.jit(lambda z, step: ops.nonzeros(ops.differences(ops.quantize(z, step))))(z, step)
+    assert float(share) == pytest.approx(np.mean(np.diff(level, axis=1) != 0))
+
+
 def test_delta_inference_equals_quantised_inference():
     """Two dense layers on deltas only, in two calls: the linear maps accumulate, biases belong to the sums."""
     rng = np.random.default_rng(3)

@@ -121,7 +121,8 @@ def test_language_model(scan_layers):
     def hidden(params):
         return lm.hidden(params, config, tokens)[0]
 
-    assert taps.tags(hidden, params) == ["residual", "first_token_share", "residual"] * 2 + ["residual"]
+    plain, attentive = (["mixer_input", *seen, "mlp_input", "residual"] for seen in ([], ["first_token_share"]))
+    assert taps.tags(hidden, params) == (plain + attentive) * 2 + plain
     captured = capture(hidden, {"residual": lambda x: x, "first_token_share": lambda x: x})
     (y, seen), expected = jax.jit(lambda params: (captured(params), hidden(params)))(params)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
