@@ -2,7 +2,7 @@
 
 Claim examined: what arXiv 2304.03486 says of images, the hardest batches teach more per update, holds for text.
 Command: python -m experiments.hard_batches_text (irreducible losses, sweep, RESULTS.md)
-Time: 20 minutes on one core of a shared machine.
+Time: 14 to 23 seconds of training a run, on one core of a shared machine.
 Result: not shown, see RESULTS.md.
 """
 
