@@ -1,6 +1,6 @@
 """What capturing activations costs a training step: steps that probe against steps that do not, in turn.
 
-    python -m benchmarks.massive_probes --csv=benchmarks/results/massive_probes.csv
+    taskset -c 0 python -m benchmarks.massive_probes --turns=6 --csv=benchmarks/results/massive_probes.csv
 
 Two comparisons. A step of `Step.train_probed` against one of `Step.train`: what is paid where a row is logged; and the program of
 `Step.train` against the same model without any tag: what is paid in between, told by the compiled programs' operations, which no
@@ -31,11 +31,8 @@ MODELS: dict[str, Any] = {
     "gpt_neox 4x64 (of the study)": gpt_neox.Config(_VOCAB, 64, 4, 4),
     "gpt_neox 6x256 (Pythia 31M on bytes)": gpt_neox.Config(_VOCAB, 256, 6, 8),
     "deltanet 4x64 (of the study)": lm.Config(_VOCAB, 64, ("d",) * 4, {"d": delta.deltanet(4, 16)}, mlp_dim=192),
-    "hybrid 6x256": lm.Config(
-        _VOCAB, 256, ("g", "g", "a") * 2, {"g": delta.gated_deltanet(4, 64), "a": attention.Config(4, 64)}
-    ),
 }
-_TURNS = flags.DEFINE_integer("turns", 30, "pairs of steps", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 10, "pairs of steps", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 256, "tokens per sequence", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "sequences per step", lower_bound=1)
 

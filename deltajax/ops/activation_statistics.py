@@ -100,7 +100,7 @@ def first_token_share(
     visible: Bool[Array, "B T S"],
     first: Bool[Array, "B S"],
     sink: Float[Array, "G K"] | None = None,
-    queries: int = 32,
+    queries: int = 16,
 ) -> Float[Array, "B"]:
     """Attention that goes to the first tokens of documents, mean over heads and over `queries` positions spread evenly.
 
