@@ -158,7 +158,7 @@ def test_losses_by_example_and_rescaled_gradients(microbatches):
     rng = np.random.default_rng(0)
     batch = {
         "images": np.repeat(rng.standard_normal((1, 8, 8, 1), np.float32), 4, 0),  # equal: statistics do not matter
-        "targets": np.array([1, 4, 4, 7]),
+        "targets": np.array([1, 4, 7, 4]),
         "weights": np.array([1, 2, 0.5, 1], np.float32),
         "rescale": np.array([1, 2, 2, 1], np.float32),
     }
