@@ -26,7 +26,9 @@ from benchmarks import table
 from deltajax.ops import delta_product
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-SHAPES = ((1, 16, 128, True), (4, 16, 128, False), (1, 32, 64, True), (1, 8, 256, True))  # R, H, K = V, gates
+SHAPES = (  # R, H, K = V, gate
+    (1, 16, 128, "scalar"), (4, 16, 128, "none"), (1, 32, 64, "scalar"), (1, 8, 256, "scalar"), (1, 16, 128, "channel"),
+)  # fmt: skip
 SHARED_BYTES, REGISTERS = 227 * 1024, 65536  # of an SM
 
 _TOOLCHAIN = flags.DEFINE_string("toolchain", "build/cuda", "the --target of the pip command")
@@ -55,10 +57,11 @@ def lower(f, *arguments):
         return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
-def gradient(steps: int, heads: int, dim: int, gated: bool, length: int = 8192):
+def gradient(steps: int, heads: int, dim: int, gate: str, length: int = 8192):
     """The gradient of one call, lowered."""
-    sizes = [(heads, dim), (steps, heads, dim), (steps, heads, dim), (steps, heads)] + [(heads,)] * gated
-    types = ["bfloat16"] * 4 + ["float32"] * gated
+    gates: dict[str, list[tuple[int, ...]]] = {"none": [], "scalar": [(heads,)], "channel": [(heads, dim)]}
+    sizes = [(heads, dim), (steps, heads, dim), (steps, heads, dim), (steps, heads), *gates[gate]]
+    types = ["bfloat16"] * 4 + ["float32"] * len(gates[gate])
     arguments = [jax.ShapeDtypeStruct((1, length, *size), kind) for size, kind in zip(sizes, types, strict=True)]
 
     def loss(*arguments):
@@ -137,17 +140,17 @@ def facts(files: dict[str, str], shared: int) -> dict[str, int]:
     }
 
 
-def measure(steps: int, heads: int, dim: int, gated: bool, toolchain: Path) -> list[dict[str, object]]:
+def measure(steps: int, heads: int, dim: int, gate: str, toolchain: Path) -> list[dict[str, object]]:
     """A row for each kernel of a gradient."""
     with tempfile.TemporaryDirectory() as name:
         os.environ["MOSAIC_GPU_DUMP_TO"] = name  # lowering writes there what shared memory it takes
-        found = modules(gradient(steps, heads, dim, gated))
+        found = modules(gradient(steps, heads, dim, gate))
         del os.environ["MOSAIC_GPU_DUMP_TO"]
         shared = {}
         for file in Path(name).glob("*.resources.txt"):
             kernel = re.sub(r"delta_product_(\w+)_\d+", r"\1", file.name.split(".")[0])
             (shared[kernel],) = map(int, re.findall(r"smem_scratch_bytes=(\d+)", file.read_text()))
-    about = {"steps": steps, "dim": dim, "gated": gated}
+    about = {"steps": steps, "dim": dim, "gate": gate}
     return [
         {"kernel": kernel, **about, **facts(machine_code(module, toolchain), shared[kernel])}
         for kernel, module in found.items()

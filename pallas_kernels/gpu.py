@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import config
 
-from pallas_kernels import gpu_backward, gpu_forward
+from pallas_kernels import gpu_backward, gpu_channel, gpu_forward
 from pallas_kernels.gpu_common import ROWS
 
 SIZES = (64, 128, 256)  # of K and V; others are padded with zeros
@@ -61,8 +61,8 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """Delta product; arguments as `IMPLEMENTATIONS` in `deltajax.ops.delta_rule.api` says.
 
     Raises:
-      NotImplementedError: not a Hopper GPU, inputs other than bfloat16, a state other than float32, channel gates, or K or V
-        over 256.
+      NotImplementedError: not a Hopper GPU, inputs other than bfloat16, a state other than float32, K or V over 256, K over 128
+        with channel gates.
     """
     batch, length, steps, heads, value_dim = v.shape
     key_dim = q.shape[-1]
@@ -70,8 +70,9 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         raise NotImplementedError(f"q, k and v must be bfloat16, got {q.dtype}, {k.dtype} and {v.dtype}")
     if initial_state.dtype != jnp.float32:
         raise NotImplementedError(f"the state must be float32, got {initial_state.dtype}")
-    if g is not None and g.ndim == q.ndim:
-        raise NotImplementedError("channel gates (g of shape [B, T, HV, K]) have no GPU kernel yet")
+    channels = g is not None and g.ndim == q.ndim
+    if channels and key_dim > 128:
+        raise NotImplementedError(f"channel gates (g of shape [B, T, HV, K]) need K of at most 128, got {key_dim}")
     if max(key_dim, value_dim) > SIZES[-1]:
         raise NotImplementedError(f"K and V must be at most {SIZES[-1]}, got {key_dim} and {value_dim}")
     _check_device()
@@ -95,21 +96,21 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         return x.reshape(batch, -1, *x.shape[3:])
 
     beta = by_block(beta)
-    gates = None
+    q, k, v = pad(q, key_pad), merged(pad(k, key_pad)), merged(pad(v, value_pad))
+    state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, key_pad), (0, value_pad)))
+    constant = scale if isinstance(scale, int | float) else 1.0
+    cut = {"scale": constant, "blocks": Blocks.for_shape(batch, heads, key_dim + key_pad, value_dim + value_pad)}
     if g is not None:
         g = jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
         # A row carries its token's gate if it is the token's first row, so that every decay is a sum of gates over rows.
-        gates = by_block(g), by_block(jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2))
-    constant = scale if isinstance(scale, int | float) else 1.0
-    o, state = _run(
-        pad(q, key_pad),
-        merged(pad(k, key_pad)),
-        merged(pad(v, value_pad)),
-        _operands(beta, gates, steps),
-        jnp.pad(initial_state, ((0, 0), (0, 0), (0, key_pad), (0, value_pad))),
-        constant,
-        Blocks.for_shape(batch, heads, key_dim + key_pad, value_dim + value_pad),
-    )
+        of_rows = jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2)
+    if channels:
+        q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
+        of_tokens, of_rows = pad(g, key_pad), merged(pad(of_rows, key_pad))
+        o, state = gpu_channel.delta_product(q, k, v, beta, of_tokens, of_rows, state, **cut)
+    else:
+        gates = None if g is None else (by_block(g), by_block(of_rows))
+        o, state = _run(q, k, v, _operands(beta, gates, steps), state, *cut.values())
     o, state = o[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
     return (o if constant is scale else (o.astype(jnp.float32) * scale).astype(v.dtype)), state
 

@@ -59,12 +59,16 @@ def products(*pairs):
     return pl.run_scoped(accumulate, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), f32))
 
 
-def put_parts(ref, x):
-    """X in parts, to ref[0] and ref[1]; rounded by integer arithmetic, as converting one number there and back is slow."""
+def parts_of(x):
+    """X in parts; rounded by integer arithmetic, as converting one number there and back is slow."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)
     head = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), f32)
-    ref[0] = head.astype(bf16)
-    ref[1] = (x - head).astype(bf16)
+    return head.astype(bf16), (x - head).astype(bf16)
+
+
+def put_parts(ref, x):
+    """X in parts, to ref[0] and ref[1]."""
+    ref[0], ref[1] = parts_of(x)
 
 
 def writer(*stages):

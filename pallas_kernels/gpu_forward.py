@@ -1,5 +1,7 @@
 """The forward's GPU kernels: inverses of all blocks, the scan over blocks (the backward's too), outputs of all chunks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -12,6 +14,7 @@ from pallas_kernels.gpu_common import (
     call,
     decays_between,
     f32,
+    parts_of,
     products,
     put_parts,
     put_prefix_mask,
@@ -41,30 +44,7 @@ def inverses(k, rows):
         plgpu.copy_gmem_to_smem(inputs[1].at[b, block, h], rows, barrier)
         put_prefix_mask(mask)
         plgpu.barrier_wait(barrier)
-        exact = _a(k, rows, mask, y)
-        put_parts(a, exact)
-        i, j = row_and_column()
-        inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where((i ^ j) == 1, exact, 0.0)
-        size = 2
-        while size < ROWS:
-            x[0] = inverse.astype(bf16)
-            plgpu.commit_smem()
-            y[0] = products((x.at[0], a.at[0])).astype(bf16)
-            plgpu.commit_smem()
-            corner = ((i ^ j) < 2 * size) & ((i & size) > (j & size))
-            inverse -= jnp.where(corner, products((y.at[0], x.at[0])), 0.0)
-            size *= 2
-        put_parts(x, inverse)
-        plgpu.commit_smem()
-        product = products((a.at[0], x.at[0]), (a.at[0], x.at[1]), (a.at[1], x.at[0]))
-        y[0] = (jnp.where(i == j, 1.0, 0.0) - inverse - product).astype(bf16)
-        plgpu.commit_smem()
-        inverse += products((x.at[0], y.at[0]))
-        put_parts(x, inverse)
-        plgpu.commit_smem()
-        for part in range(2):
-            plgpu.copy_smem_to_gmem(x.at[part], outputs[0].at[b, block, h, :, rows_of(part)])
-        plgpu.wait_smem_to_gmem(0)
+        put_inverse(_a(k, rows, mask, y), outputs[0].at[b, block, h], a, x, y)
 
     return call(
         body,
@@ -82,6 +62,33 @@ def inverses(k, rows):
     )[0]
 
 
+def put_inverse(exact, target, a, x, y):
+    """(I + A)^-1 to `target` [64, 128] in global memory, from A = `exact` and shared memory to work in."""
+    put_parts(a, exact)
+    i, j = row_and_column()
+    inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where((i ^ j) == 1, exact, 0.0)
+    size = 2
+    while size < ROWS:
+        x[0] = inverse.astype(bf16)
+        plgpu.commit_smem()
+        y[0] = products((x.at[0], a.at[0])).astype(bf16)
+        plgpu.commit_smem()
+        corner = ((i ^ j) < 2 * size) & ((i & size) > (j & size))
+        inverse -= jnp.where(corner, products((y.at[0], x.at[0])), 0.0)
+        size *= 2
+    put_parts(x, inverse)
+    plgpu.commit_smem()
+    product = products((a.at[0], x.at[0]), (a.at[0], x.at[1]), (a.at[1], x.at[0]))
+    y[0] = (jnp.where(i == j, 1.0, 0.0) - inverse - product).astype(bf16)
+    plgpu.commit_smem()
+    inverse += products((x.at[0], y.at[0]))
+    put_parts(x, inverse)
+    plgpu.commit_smem()
+    for part in range(2):
+        plgpu.copy_smem_to_gmem(x.at[part], target.at[:, rows_of(part)])
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _a(k, rows, mask, parts):
     """A [64, 64] from references to keys and to the rows (beta, gates) of a block."""
     a = along_rows(rows[0]) * products((k, transposed(k)))
@@ -91,16 +98,17 @@ def _a(k, rows, mask, parts):
     return jnp.where(i > j, a, 0.0)
 
 
-def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None):
+def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None, k_out=None, totals=None):
     """The recurrence over blocks, forwards or in reverse, for some columns of the state in each CTA.
 
     Per block, with S the state in float32 and w_in, w_state, w_out the weights of its rows::
 
         y = (I + A)^-1 (w_in x + w_state (K S)),    in reverse (I + A)^-T
-        S <- total S + K^T (w_out y)                in reverse plus extra[chunk], after a chunk's first block
+        S <- total S + K_out^T (w_out y)            in reverse plus extra[chunk], after a chunk's first block
 
     k [B, T R, H, K], x [B, T R, HV, V], inverses as `inverses` gives them, weights [B, S, HV, 4, 64]: w_in,
-    w_state, w_out and total; state [B, HV, K, V] in float32, extra [B, C, HV, K, V].
+    w_state, w_out and total; state [B, HV, K, V] in float32, extra [B, C, HV, K, V]. With channel gates k_out as k, and totals
+    [B, S, HV, K] in place of total; else K_out is K.
 
     Returns y [B, T R, HV, V], the states before each block (in reverse: after it) [B, S, HV, K, V], both in bfloat16, and
     the last state.
@@ -110,11 +118,22 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
     group = heads // k.shape[2]
     steps = blocks // extra.shape[1] if reverse else 1
     stages = min(stages, blocks)
-    inputs = (k, x, inverses, weights, state) + ((extra,) if reverse else ())
+    channels = totals is not None
+    inputs = (k, x, inverses, weights, state) + (extra,) * reverse + (k_out, totals) * channels
 
-    def body(cta, inputs, outputs, k, x, inverses, weights, extra, parts, work, y, arrived):
+    def body(cta, inputs, outputs, k, x, inverses, weights, parts, stored, work, y, arrived, *optional):
         b, h, v = cta
+        extra: Any = optional[0] if reverse else None
+        k_out, totals = (optional[-2], optional[-1]) if channels else (k, extra)
         where = pl.ds(v * columns, columns)
+
+        def put_beside(ref, x):
+            ref[:, pl.ds(0, columns)], ref[:, pl.ds(columns, columns)] = parts_of(x)
+
+        def folded(*pairs):
+            """Products with parts that stand beside each other, which one wgmma takes at once."""
+            both = products(*pairs)
+            return both[:, :columns] + both[:, columns:]
 
         def block_of(n):
             return blocks - 1 - n if reverse else n
@@ -128,6 +147,9 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
             plgpu.copy_gmem_to_smem(inputs[3].at[b, block, h], weights.at[slot], barrier)
             if reverse:
                 plgpu.copy_gmem_to_smem(inputs[5].at[b, block // steps, h, :, where], extra.at[slot], barrier)
+            if channels:
+                plgpu.copy_gmem_to_smem(inputs[-2].at[b, rows_of(block), h // group], k_out.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(inputs[-1].at[b, block, h], totals.at[slot], barrier)
 
         for n in range(stages - 1):
             fetch(jnp.int32(n))
@@ -135,9 +157,10 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
         def one_block(n, state):
             block, slot = block_of(n), jax.lax.rem(n, jnp.int32(stages))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            put_parts(parts, state)
+            put_beside(parts, state)
+            stored[...] = state.astype(bf16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(parts.at[0], outputs[1].at[b, block, h, :, where])
+            plgpu.copy_smem_to_gmem(stored, outputs[1].at[b, block, h, :, where])
 
             @pl.when(n + stages - 1 < blocks)  # the slot of the block before: all warps have left it
             def _():
@@ -146,20 +169,19 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
             plgpu.barrier_wait(arrived.at[slot])
             keys, inverse = k.at[slot], inverses.at[slot]
             w_in, w_state, w_out = (along_rows(weights[slot, kind], columns) for kind in range(3))
-            of_state = products((keys, parts.at[0]), (keys, parts.at[1]))
-            put_parts(work, w_in * x[slot].astype(f32) + w_state * of_state)
+            of_state = folded((keys, parts))
+            put_beside(work, w_in * x[slot].astype(f32) + w_state * of_state)
             plgpu.commit_smem()
             head, rest = (inverse.at[:, rows_of(part)] for part in range(2))
             if reverse:
                 head, rest = transposed(head), transposed(rest)
-            solution = products((head, work.at[0]), (head, work.at[1]), (rest, work.at[0]))
+            solution = folded((head, work), (rest, work))
             y[...] = solution.astype(bf16)
-            put_parts(work, w_out * solution)
+            put_beside(work, w_out * solution)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y, outputs[0].at[b, rows_of(block), h, where])
-            state = weights[slot, 3, 0] * state + products(
-                (transposed(keys), work.at[0]), (transposed(keys), work.at[1])
-            )
+            total = along_rows(totals[slot], columns) if channels else weights[slot, 3, 0]
+            state = total * state + folded((transposed(k_out.at[slot]), work))
             if reverse:
                 state += jnp.where(jax.lax.rem(block, jnp.int32(steps)) == 0, 1.0, 0.0) * extra[slot].astype(f32)
             return state
@@ -180,11 +202,13 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
             plgpu.SMEM((stages, ROWS, columns), bf16),
             plgpu.SMEM((stages, ROWS, 2 * ROWS), bf16),
             plgpu.SMEM((stages, 4, ROWS), f32),
-            plgpu.SMEM((stages, key_dim, columns) if reverse else (8, 8), bf16),
-            plgpu.SMEM((2, key_dim, columns), bf16),
-            plgpu.SMEM((2, ROWS, columns), bf16),
+            plgpu.SMEM((key_dim, 2 * columns), bf16),
+            plgpu.SMEM((key_dim, columns), bf16),
+            plgpu.SMEM((ROWS, 2 * columns), bf16),
             plgpu.SMEM((ROWS, columns), bf16),
-            plgpu.Barrier(num_arrivals=5 if reverse else 4, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=4 + reverse + 2 * channels, num_barriers=stages),
+            *[plgpu.SMEM((stages, key_dim, columns), bf16)] * reverse,
+            *[plgpu.SMEM((stages, ROWS, key_dim), bf16), plgpu.SMEM((stages, key_dim), f32)] * channels,
         ],
     )
 

@@ -1,0 +1,326 @@
+"""The GPU path with channel gates: gates stand inside the products of keys, so XLA forms these, and the kernels do the rest.
+
+With D_ijc the sum of channel c's gates after row j up to row i, per value head (Kimi Delta Attention; names as in `gpu`)::
+
+    A_ij = beta_i sum_c k_ic k_jc exp(D_ijc),   P_tj = sum_c q_tc k_jc exp(D_tjc)
+    V' = (I + A)^-1 beta (V - K_start S),   S <- diag(exp(D_end,start)) S + K_end^T V',   O = scale (Q_start S + P V')
+
+where K_start = K exp(D_i,start), K_end = K exp(D_end,j). Shapes and the other names are those of `gpu_common`; here every
+array has the HV heads.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import gpu_forward
+from pallas_kernels.gpu_common import (
+    ROWS,
+    along_rows,
+    bf16,
+    call,
+    f32,
+    products,
+    row_and_column,
+    rows_of,
+    square,
+    transposed,
+    writer,
+)
+
+
+def delta_product(q, k, v, beta, g_tokens, g_rows, state, *, scale, blocks):
+    """(o, last state) from whole chunks, all with HV heads.
+
+    q [B, T, HV, K], k [B, T R, HV, K], v [B, T R, HV, V], beta [B, S, HV, 64], g_tokens [B, T, HV, K] and g_rows
+    [B, T R, HV, K] in float32, state [B, HV, K, V].
+    """
+
+    def split(x):
+        """[B, n 64, HV, ..] -> float32 [B, n, HV, 64, ..]."""
+        return jnp.moveaxis(x.astype(f32).reshape(x.shape[0], -1, ROWS, *x.shape[2:]), 2, 3)
+
+    def joined(x):
+        return jnp.moveaxis(x, 3, 2).reshape(x.shape[0], -1, *x.shape[2:3], x.shape[4]).astype(bf16)
+
+    queries, keys, of_tokens, of_rows = map(split, (q, k, g_tokens, g_rows))
+    batch, chunks, heads, _, key_dim = queries.shape
+    a = scores(keys, keys[..., None, :], of_rows)
+    by_token = jnp.moveaxis(k.astype(f32).reshape(batch, chunks, ROWS, -1, heads, key_dim), 4, 2)
+    p = scores(queries, by_token, of_tokens).reshape(batch, chunks, heads, ROWS, -1, ROWS)
+    p = jnp.moveaxis(p, 4, 2).reshape(a.shape).astype(bf16)
+    from_start = jnp.cumsum(of_rows, axis=-2)
+    later = jnp.pad(of_rows[..., 1:, :], [(0, 0)] * 3 + [(0, 1), (0, 0)])
+    to_end = jnp.cumsum(later[..., ::-1, :], axis=-2)[..., ::-1, :]
+    k_start, k_end = joined(keys * jnp.exp(from_start)), joined(keys * jnp.exp(to_end))
+    q_start = joined(queries * jnp.exp(jnp.cumsum(of_tokens, axis=-2)))
+    return _run(q_start, k_start, k_end, v, beta, a, p, jnp.exp(from_start[..., -1, :]), state, scale, blocks)
+
+
+def scores(x, k, g):
+    """sum_c x_ic k_jc exp(gates of channel c after token j up to i), for the rows j of tokens up to i, else 0.
+
+    From pairs of neighbouring blocks of tokens, doubled: between them the decay is split where the later one starts, so that
+    every exponent is a sum of gates, and at most 0. x [.., N, K], k [.., N, R, K], g [.., N, K] -> [.., N, N R].
+    """
+    *lead, n, dim = x.shape
+    steps = k.shape[-2]
+    found = jnp.sum(x[..., None, :] * k, axis=-1)[..., None, :]  # [.., blocks, rows, columns]
+    from_start, after, total = g, jnp.zeros_like(g), g  # of a token's block: up to it, after it, all [.., blocks, dim]
+    size = 1
+    while size < n:
+        pairs = (*lead, n // (2 * size), 2, size)
+        left = (x * jnp.exp(from_start)).reshape(*pairs, dim)[..., 1, :, :]
+        right = (k * jnp.exp(after)[..., None, :]).reshape(*pairs, steps * dim)[..., 0, :, :]
+        right = right.reshape(*pairs[:-2], size * steps, dim)
+        corner = jnp.matmul(left, jnp.swapaxes(right, -1, -2), precision="high")
+        found = found.reshape(*pairs, size * steps)
+        first, second = found[..., 0, :, :], found[..., 1, :, :]
+        above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        found = jnp.concatenate([above, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        total = total.reshape(*pairs[:-1], 1, dim)
+        from_start, after = (y.reshape(*pairs, dim) for y in (from_start, after))
+        from_start = jnp.concatenate(
+            [from_start[..., :1, :, :], from_start[..., 1:, :, :] + total[..., :1, :, :]], axis=-3
+        )
+        after = jnp.concatenate([after[..., :1, :, :] + total[..., 1:, :, :], after[..., 1:, :, :]], axis=-3)
+        from_start, after = (y.reshape(*lead, n, dim) for y in (from_start, after))
+        total = total.sum(-3)[..., 0, :]
+        size *= 2
+    return found[..., 0, :, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+def _run(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
+    """(o, last state); a is A / beta in float32, p is P in bfloat16, both [B, S, HV, 64, 64]; totals [B, S, HV, K]."""
+    return _run_forward(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks)[0]
+
+
+def _weights(*kinds):
+    return jnp.stack(jnp.broadcast_arrays(*kinds), axis=-2)
+
+
+def _run_forward(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
+    inverses = _inverses(a, beta)
+    weights = _weights(beta, -beta, jnp.ones_like(beta), jnp.ones_like(beta))
+    cut = {"columns": blocks.columns, "stages": 2, "k_out": k_end, "totals": totals}
+    v_new, states, last = gpu_forward.scan(k_start, v, inverses, weights, state, **cut, reverse=False)
+    o = _outputs(q_start, p, v_new, states, scale, blocks.output_columns)
+    return (o, last), (q_start, k_start, k_end, v, beta, a, p, totals, inverses, v_new, states)
+
+
+def _run_backward(scale, blocks, residuals, cotangents):
+    q_start, k_start, k_end, v, beta, a, p, totals, inverses, v_new, states = residuals
+    do, dlast = cotangents
+    dq, dp, dv_new, dstarts = _outputs_backward(q_start, p, v_new, states, do, scale)
+    weights = _weights(jnp.ones_like(beta), jnp.ones_like(beta), -beta, jnp.ones_like(beta))
+    cut = {"columns": blocks.columns, "stages": 2, "k_out": k_start, "totals": totals}
+    dsolved, dstates, dstate = gpu_forward.scan(
+        k_end, dv_new, inverses, weights, dlast, **cut, reverse=True, extra=dstarts
+    )
+    gradients = _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta)
+    dk_start, dk_end, dv, da, dbeta, dtotals = gradients
+    return dq, dk_start, dk_end, dv, dbeta, da, dp.astype(bf16), dtotals, dstate
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _inverses(a, beta):
+    batch, blocks, heads, _ = beta.shape
+
+    def body(cta, inputs, outputs, *work):
+        b, block, h = cta
+        i, j = row_and_column()
+        exact = jnp.where(i > j, along_rows(inputs[1][b, block, h]) * inputs[0][b, block, h], 0.0)
+        gpu_forward.put_inverse(exact, outputs[0].at[b, block, h], *work)
+
+    shape = (batch, blocks, heads, ROWS, 2 * ROWS)
+    grid = {"batch": batch, "block": blocks, "head": heads}
+    return call(body, "channel_inverses", (a, beta), [(shape, bf16)], grid, [square(2) for _ in range(3)])[0]
+
+
+def _outputs(q_start, p, v_new, states, scale, columns):
+    """O = scale (Q_start S + P V'), [B, T, HV, V]."""
+    batch, blocks, heads, key_dim, value_dim = states.shape
+    chunks = q_start.shape[1] // ROWS
+    steps = blocks // chunks
+
+    def body(cta, inputs, outputs, q, state, p, v, first, later):
+        b, chunk, h, column = cta
+        where = rows_of(column, columns)
+        plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h], q, first)
+        plgpu.copy_gmem_to_smem(inputs[3].at[b, chunk * steps, h, :, where], state, first)
+
+        def fetch(r):
+            block = chunk * steps + r
+            plgpu.copy_gmem_to_smem(inputs[1].at[b, block, h], p, later)
+            plgpu.copy_gmem_to_smem(inputs[2].at[b, rows_of(block), h, where], v, later)
+
+        fetch(0)
+        plgpu.barrier_wait(first)
+        o = products((q, state))
+        for r in range(steps):
+            plgpu.barrier_wait(later)
+            o += products((p, v))
+            plgpu.commit_smem()  # all warps have left p and v
+            if r + 1 < steps:
+                fetch(r + 1)
+        v[...] = (scale * o).astype(bf16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(v, outputs[0].at[b, rows_of(chunk), h, where])
+        plgpu.wait_smem_to_gmem(0)
+
+    return call(
+        body,
+        "channel_outputs",
+        (q_start, p, v_new, states),
+        [((batch, chunks * ROWS, heads, value_dim), bf16)],
+        {"batch": batch, "chunk": chunks, "head": heads, "columns": value_dim // columns},
+        [
+            plgpu.SMEM((ROWS, key_dim), bf16),
+            plgpu.SMEM((key_dim, columns), bf16),
+            square(),
+            plgpu.SMEM((ROWS, columns), bf16),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+    )[0]
+
+
+def _outputs_backward(q_start, p, v_new, states, do, scale):
+    """Cotangents of q_start, p (float32, everywhere), v_new and of the states that chunks start from [B, C, HV, K, V]."""
+    batch, blocks, heads, key_dim, value_dim = states.shape
+    chunks = q_start.shape[1] // ROWS
+    steps = blocks // chunks
+
+    def body(cta, inputs, outputs, q, p, v, do, stage, first, later, of_state):
+        b, chunk, h = cta
+        plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h], q, first)
+        plgpu.copy_gmem_to_smem(inputs[4].at[b, rows_of(chunk), h], do, first)
+
+        def fetch(r):
+            block = chunk * steps + r
+            plgpu.copy_gmem_to_smem(inputs[1].at[b, block, h], p, later)
+            plgpu.copy_gmem_to_smem(inputs[2].at[b, rows_of(block), h], v, later)
+
+        def fetch_state(part):
+            plgpu.copy_gmem_to_smem(inputs[3].at[b, chunk * steps, h, rows_of(part)], v, of_state)
+
+        fetch(0)
+        write = writer(stage.at[0], stage.at[1])
+        plgpu.barrier_wait(first)
+        for r in range(steps):
+            block = chunk * steps + r
+            plgpu.barrier_wait(later)
+            outputs[1][b, block, h] = scale * products((do, transposed(v)))
+            for part in range(value_dim // ROWS):
+                here = rows_of(part)
+                dv = scale * products((transposed(p), do.at[:, here]))
+                write(dv, outputs[2].at[b, rows_of(block), h, here])
+            plgpu.commit_smem()  # all warps have left p and v
+            if r + 1 < steps:
+                fetch(r + 1)
+        fetch_state(0)  # rows of the state where those of v were
+        for part in range(key_dim // ROWS):
+            here = rows_of(part)
+            plgpu.barrier_wait(of_state)
+            write(scale * products((do, transposed(v))), outputs[0].at[b, rows_of(chunk), h, here])
+            plgpu.commit_smem()
+            if part + 1 < key_dim // ROWS:
+                fetch_state(part + 1)
+            for column in range(value_dim // ROWS):
+                there = rows_of(column)
+                dstate = scale * products((transposed(q.at[:, here]), do.at[:, there]))
+                write(dstate, outputs[3].at[b, chunk, h, here, there])
+        plgpu.wait_smem_to_gmem(0)
+
+    return call(
+        body,
+        "channel_outputs_backward",
+        (q_start, p, v_new, states, do),
+        [
+            (q_start.shape, bf16),
+            (p.shape, f32),
+            (v_new.shape, bf16),
+            ((batch, chunks, heads, key_dim, value_dim), bf16),
+        ],
+        {"batch": batch, "chunk": chunks, "head": heads},
+        [
+            plgpu.SMEM((ROWS, key_dim), bf16),
+            square(),
+            plgpu.SMEM((ROWS, value_dim), bf16),
+            plgpu.SMEM((ROWS, value_dim), bf16),
+            square(2),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=1),
+        ],
+    )
+
+
+def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
+    """Cotangents of k_start, k_end, v, a (float32), beta and totals, from the two scans as `gpu_backward.rows_backward`."""
+    batch, blocks, heads, key_dim, value_dim = states.shape
+
+    def body(cta, inputs, outputs, k, v, v_new, dsolved, dstate, stage, first, later):
+        b, block, h = cta
+        for ref, smem in zip(inputs[:4], (k, v, v_new, dsolved), strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[b, rows_of(block), h], smem, first)
+
+        def fetch(part):
+            plgpu.copy_gmem_to_smem(inputs[4].at[b, block, h, rows_of(part)], v, later)
+            plgpu.copy_gmem_to_smem(inputs[5].at[b, block, h, rows_of(part)], dstate, later)
+
+        write = writer(stage.at[0], stage.at[1])
+        plgpu.barrier_wait(first)
+        i, j = row_and_column()
+        beta = along_rows(inputs[7][b, block, h])
+        da = jnp.where(i > j, -products((dsolved, transposed(v_new))), 0.0)
+        dbeta = jnp.sum(da * inputs[6][b, block, h], axis=1)
+        outputs[3][b, block, h] = beta * da
+        for part in range(value_dim // ROWS):
+            here = rows_of(part)
+            dx = dsolved[:, here].astype(f32)
+            dbeta += jnp.sum(dx * v[:, here].astype(f32), axis=1)
+            write(beta * dx, outputs[2].at[b, rows_of(block), h, here])
+        plgpu.commit_smem()  # all warps have left v
+        fetch(0)
+        for part in range(key_dim // ROWS):
+            here = rows_of(part)
+            plgpu.barrier_wait(later)
+            to_state, to_end = products((dsolved, transposed(v))), products((v_new, transposed(dstate)))
+            dbeta -= jnp.sum(k[:, here].astype(f32) * to_state, axis=1)
+            totals = jnp.sum(v[...].astype(f32) * dstate[...].astype(f32), axis=1)
+            outputs[5][b, block, h, here] = totals
+            plgpu.commit_smem()  # all warps have left the states
+            if part + 1 < key_dim // ROWS:
+                fetch(part + 1)
+            write(-beta * to_state, outputs[0].at[b, rows_of(block), h, here])
+            write(to_end, outputs[1].at[b, rows_of(block), h, here])
+        outputs[4][b, block, h] = dbeta
+        plgpu.wait_smem_to_gmem(0)
+
+    return call(
+        body,
+        "channel_rows_backward",
+        (k_start, v, v_new, dsolved, states, dstates, a, beta),
+        [
+            (k_start.shape, bf16),
+            (k_start.shape, bf16),
+            (v.shape, bf16),
+            (a.shape, f32),
+            (beta.shape, f32),
+            ((batch, blocks, heads, key_dim), f32),
+        ],
+        {"batch": batch, "block": blocks, "head": heads},
+        [
+            plgpu.SMEM((ROWS, key_dim), bf16),
+            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(4)),
+            square(2),
+            plgpu.Barrier(num_arrivals=4),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+    )
