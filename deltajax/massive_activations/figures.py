@@ -96,6 +96,7 @@ def importance(axes: Any, rows: Sequence[Row]) -> None:
     image = np.array([[falls[name, group] for group in groups] for name in names])
     axes.imshow(np.clip(image, 0, 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in np.ndindex(image.shape):
-        axes.annotate(f"{image[i, j]:.2f}", (j, i), ha="center", va="center", fontsize=7)
+        color = "white" if image[i, j] > 0.6 else "black"
+        axes.annotate(f"{image[i, j]:.2f}", (j, i), ha="center", va="center", fontsize=7, color=color)
     axes.set(yticks=range(len(names)), yticklabels=names, xticks=range(len(groups)), title="fall of R2 when permuted")
     axes.set_xticklabels(groups, rotation=35, ha="right", fontsize=8)
