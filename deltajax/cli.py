@@ -31,6 +31,7 @@ def run(
     action: Callable[[dict[str, str]], None], values: flags.FlagValues, doc: str, argv: Sequence[str] | None = None
 ) -> int:
     """Parse `argv`, call `action(config overrides)`, turn what it raises into one line and an exit code."""
+    of_process = argv is None
     argv = list(sys.argv if argv is None else argv)
     debug = any(argument in ("--debug", "-debug", "--debug=true", "--debug=1") for argument in argv)
     sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -55,7 +56,8 @@ def run(
         return _fail(_describe(error), 1, debug)
     finally:
         signal.signal(signal.SIGTERM, sigterm)
-        sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+        if not of_process:  # else stray writes of a failed save may still complain while the process ends
+            sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
 
 
 def _ignore(*_: Any) -> None:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from deltajax.errors import RunError
-from deltajax.training import serialize
+from deltajax.training import distributed, serialize
 from deltajax.training.config import TrainConfig
 from deltajax.training.step import TrainState
 
@@ -135,27 +135,31 @@ class Checkpoints:
           ValueError: the checkpoint belongs to another model; the message names the keys.
         """
         problems = []
-        for step in reversed(self.steps()):
+        for step in reversed(distributed.on_first(self.steps)):
+            restored, problem = None, None
             try:
                 progress = self.progress(step)
                 self._check_same(step, serialize.from_json(progress["config"]), config)
                 rest = {name: getattr(abstract, name) for name in REST}
-                arrays = self._read(
-                    step, params=ocp.args.StandardRestore(abstract.params), rest=ocp.args.StandardRestore(rest)
-                )
-                state = TrainState(params=arrays["params"], **arrays["rest"])
+                params = self._read(step, "params", ocp.args.StandardRestore(abstract.params))
+                rest = self._read(step, "rest", ocp.args.StandardRestore(rest))
+                restored = step, TrainState(params=params, **rest), progress
             except serialize.Mismatch as error:
                 raise ValueError(str(error)) from None
             except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise
-                problems.append(f"step {step}: {_one_line(error)}")
+                problem = _one_line(error)
+            problem = distributed.first_problem(problem)  # a damaged file may be one that only one process reads
+            if problem:
+                problems.append(f"step {step}: {problem}")
                 continue
-            for torn in (s for s in self.steps() if s > step):
-                print(
-                    f"warning: checkpoint of step {torn} in {self.directory} cannot be read; using step {step}",
-                    file=sys.stderr,
-                )
+            for torn in [s for s in distributed.on_first(self.steps) if s > step]:
+                if distributed.is_first():
+                    print(
+                        f"warning: checkpoint of step {torn} in {self.directory} cannot be read; using step {step}",
+                        file=sys.stderr,
+                    )
                 self._set_aside(torn)
-            return step, state, progress
+            return restored
         if problems:
             raise RunError(f"no checkpoint in {self.directory} can be read; {'; '.join(problems)}")
         return None
@@ -167,7 +171,7 @@ class Checkpoints:
           RunError: the checkpoint cannot be read.
         """
         with self._reading(step):
-            return self._read(step, params=ocp.args.StandardRestore(abstract))["params"]
+            return self._read(step, "params", ocp.args.StandardRestore(abstract))
 
     def progress(self, step: int) -> dict:
         """What `save` was given as progress, and `config`, all JSON.
@@ -176,10 +180,12 @@ class Checkpoints:
           RunError: the checkpoint cannot be read.
         """
         with self._reading(step):
-            return self._read(step, progress=ocp.args.JsonRestore())["progress"]
+            return self._read(step, "progress", ocp.args.JsonRestore())
 
-    def _read(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    def _read(self, step: int, item: str, arguments: Any) -> Any:
+        # Not through the manager: there a process that cannot read leaves all others waiting at a barrier.
+        handler = ocp.JsonCheckpointHandler() if item == "progress" else ocp.StandardCheckpointHandler()
+        return handler.restore(self.directory / str(step) / item, args=arguments)
 
     def _check_same(self, step: int, stored: TrainConfig, config: TrainConfig) -> None:
         changed = [d for d in serialize.differences(stored, config) if d.startswith(ARCHITECTURE)]
@@ -195,10 +201,13 @@ class Checkpoints:
             self._set_aside(step)
 
     def _set_aside(self, step: int) -> None:
-        target = self.directory.parent / "set_aside_checkpoints" / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(target)
+        def move() -> None:
+            target = self.directory.parent / "set_aside_checkpoints" / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+
+        distributed.on_first(move)
         self._manager.reload()
 
     @contextmanager

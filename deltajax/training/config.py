@@ -156,14 +156,22 @@ class Probes:
 
 @dataclasses.dataclass(frozen=True)
 class NonFinite:
-    """A non-finite loss or gradient norm skips the update; the run aborts after more skips than these."""
+    """A loss or gradient norm that is not finite, or a spike, skips the update.
+
+    Attributes:
+      max_consecutive, max_total: the run aborts after more skips than these.
+      max_grad_norm: a larger gradient norm is a spike; None: none is.
+    """
 
     max_consecutive: int = 10
     max_total: int = 100
+    max_grad_norm: float | None = None
 
     def __post_init__(self):
         """Check ranges."""
         _require_all(self, ">= 0", lambda x: x >= 0, "max_consecutive", "max_total")
+        norm = self.max_grad_norm
+        require(norm is None or norm > 0, "max_grad_norm", norm, "> 0 or none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """A run from its config to its plot: restore or initialise, train, evaluate, save, finish."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
 import math
 import os
-import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,42 @@ from deltajax.hard_batches import ExamplePolicy
 from deltajax.interop import vision
 from deltajax.layers.param import count_params
 from deltajax.models import frames, registry
-from deltajax.training import activation_log, metrics, optimizer, sampling, serialize
+from deltajax.training import activation_log, distributed, metrics, optimizer, sampling, serialize, watch
 from deltajax.training import mesh as mesh_lib
 from deltajax.training.checkpoint import Checkpoints, lock
 from deltajax.training.config import TrainConfig
 from deltajax.training.step import Step, TrainState
 
 
-def run(config: TrainConfig, workdir: Path) -> None:
+def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
     """Train until `config.steps`, continuing what `workdir` holds; checkpoints, metrics, plot and sample go there.
+
+    Args:
+      program: the train step, compiled before (`rehearsal.load`); None: it is compiled now.
 
     Raises:
       ValueError: the config does not fit the devices, the data or the checkpoint.
       RunError: stopped by a signal, by updates that stay non-finite, by an unreadable checkpoint or a failed save.
     """
     step = make_step(config)  # first, so that a config that does not fit leaves nothing behind
-    with lock(workdir), contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
+    if program is not None:
+        step = copy.copy(step)
+        step.train = program
+    with contextlib.ExitStack() as stack:
+        distributed.on_first(lambda: stack.enter_context(lock(workdir)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
         restored = checkpoints.restore(step.abstract, config)
         summary = workdir / "summary.json"
-        result = _read_summary(summary)
+        result = distributed.on_first(lambda: _read_summary(summary))
         if restored and restored[0] >= config.steps and result:
             print(f"The run in {workdir} is complete: {_describe(result)}.")
             print("To continue it give a larger --config.steps; to start anew another --workdir.")
             return
         dataset = data.load(config.data)
-        _check_fits(config, dataset)
+        check_fits(config, dataset)
         run = Run(config, workdir, checkpoints, step, dataset, restored)
         with contextlib.closing(run):
-            summary.unlink(missing_ok=True)
+            distributed.on_first(lambda: summary.unlink(missing_ok=True))
             try:
                 run.train()
                 run.finish()
@@ -57,11 +66,16 @@ def run(config: TrainConfig, workdir: Path) -> None:
                 raise RunError(f"interrupted; {run.kept()}, the same command continues") from None
             except UnrankableLoss as error:
                 raise RunError(f"{error}; {run.kept()}") from None
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                lost = f"process {jax.process_index()} of {jax.process_count()}: {str(error).splitlines()[0]}"
+                raise RunError(f"{lost}; {run.kept()}; to continue start all of them again") from error
 
 
-def make_step(config: TrainConfig) -> Step:
-    """The compiled functions that a config asks for, on this machine's devices."""
-    mesh = mesh_lib.make_mesh(config.mesh)
+def make_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> Step:
+    """The compiled functions that a config asks for, on these devices; None: on all that are here."""
+    mesh = mesh_lib.make_mesh(config.mesh, devices)
     mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
     mesh_lib.check_sequence(getattr(config.data, "seq_len", None), mesh)
     by_example = isinstance(getattr(config.data, "selection", None), ExamplePolicy)
@@ -70,22 +84,20 @@ def make_step(config: TrainConfig) -> Step:
         config.optimizer,
         config.schedule,
         config.steps,
-        config.mesh,
+        mesh,
         config.grad_accumulation,
         config.probes.sequences,
         by_example,
+        config.nonfinite.max_grad_norm,
     )
 
 
 @functools.lru_cache(maxsize=1)  # a process that trains several seeds one after the other compiles once
-def _make_step(
-    model, optimizer_config, schedule_config, steps, mesh_config, grad_accumulation, sequences, by_example
-) -> Step:
-    mesh = mesh_lib.make_mesh(mesh_config)
+def _make_step(model, optimizer_config, schedule_config, steps, mesh, *more) -> Step:
     schedule = optimizer.make_schedule(schedule_config, optimizer_config.learning_rate, steps)
     specs = registry.module_of(model).param_specs(model)
     tx = optimizer.make_optimizer(optimizer_config, schedule, specs)
-    return Step(model, tx, schedule, mesh, grad_accumulation, sequences, by_example)
+    return Step(model, tx, schedule, mesh, *more)
 
 
 class Run:
@@ -121,9 +133,10 @@ class Run:
                 self.state = _begin_from(Path(config.init_from), self.state, config.model)
             parameters = count_params(step.abstract.params)
             print(f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s)")
-        self.writer = metrics.Writer(workdir, self.step)
-        self.activations = activation_log.Writer(workdir, self.step)
-        self.progress = metrics.Progress(self.step, config.steps)
+        first = distributed.is_first()
+        self.writer = metrics.Writer(workdir, self.step) if first else metrics.Silence()
+        self.activations = activation_log.Writer(workdir, self.step) if first else metrics.Silence()
+        self.progress = metrics.Progress(self.step, config.steps) if first else metrics.Silence()
         self.seconds = progress.get("seconds", 0.0) if restored else 0.0  # of training, without evaluations
         self._clock, self._weight = time.perf_counter(), 0.0
 
@@ -137,11 +150,13 @@ class Run:
         """Loop in a fixed order: a checkpoint of step N follows the rows of step N, so a resumed run has them all."""
         config = self.config
         unread: Any = None
-        with _StopRequest() as stop:
+        with watch.StopRequest() as stop:
             while self.step < config.steps:
                 # 1. Dispatch the next step; nothing may move between host and device unasked.
                 with jax.transfer_guard("disallow"):
-                    batch = self.compiled.put(next(self.iterator))
+                    with watch.Patience(self.step):
+                        rows = next(self.iterator)
+                    batch = self.compiled.put(rows)
                     if config.probes.due(self.step):
                         self.state, *values = self.compiled.train_probed(self.state, batch)
                     else:
@@ -156,25 +171,29 @@ class Run:
                 evaluate = last or self.step % config.evaluation.every == 0
                 save = last or self.step % config.checkpoint.every == 0
                 # 3. Evaluate and save, after this step's own row.
-                if evaluate or save or stop.signal is not None:
+                asked = stop.asked(self.step)
+                if evaluate or save or asked:
                     streak = self._report(self.step, *unread)
                     unread = None
                     loss = self._evaluate() if evaluate else None
-                    stopping = stop.signal is not None and not last
+                    stopping = asked is not None and not last
                     if (save or stopping or (loss is not None and loss == self.best_loss)) and not streak:
                         self._save(loss)
                     if not stopping:
                         continue
                     # 4. Leave when asked to.
                     self.checkpoints.wait()
-                    raise RunError(f"stopped by {stop.signal.name}; {self.kept()}, the same command continues")
+                    raise RunError(f"stopped by {asked}; {self.kept()}, the same command continues")
 
     def finish(self) -> None:
         """Plot, sample and summary; the summary is written last and marks the run as complete."""
         self.checkpoints.wait()
-        config = self.config
-        if not any(row["step"] == self.step and "validation_loss" in row for row in metrics.read_rows(self.workdir)):
+        if not distributed.on_first(self._is_evaluated):
             self._evaluate()  # the run was stopped between its last evaluation and what is now its last step
+        scores = {name: self._score(name) for name in self.dataset.evaluations}
+        text = self._sample()
+        if not distributed.is_first():
+            return
         rows = metrics.read_rows(self.workdir)
         result: dict[str, Any] = {"steps": self.step, "examples": self.step * self.dataset.batch_size}
         if isinstance(self.iterator, SelectedBatches):
@@ -185,24 +204,32 @@ class Run:
             result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
         if self.dataset.chance is not None:
             result["chance"] = self.dataset.chance
-        scores = {name: self._score(name) for name in self.dataset.evaluations}
         if scores:
             metrics.write_positions(self.workdir, scores)
             result["evaluations"] = {name: metrics.overall(table) for name, table in scores.items()}
             for name, of_set in result["evaluations"].items():
                 self.progress.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in of_set.items()))
         metrics.plot(self.workdir, self.bits_per_nat, result.get("baselines", {}), self.workdir / "loss.png")
-        if self.dataset.tokenizer is not None:
-            key = jax.random.fold_in(jax.random.wrap_key_data(self.state.rng), self.step)
-            text = sampling.continue_text(
-                self.state.params, config.model, self.dataset.tokenizer, config.prompt.encode(), key, config.sampling
-            )
+        if text is not None:
             (self.workdir / "sample.txt").write_bytes(text)
             self.progress.say(f"--- sample ---\n{text.decode(errors='replace')}\n--------------")
         temporary = self.workdir / "summary.json.tmp"
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(temporary, self.workdir / "summary.json")
         self.progress.say(f"The run in {self.workdir} is complete: {_describe(result)}.")
+
+    def _is_evaluated(self) -> bool:
+        return any(row["step"] == self.step and "validation_loss" in row for row in metrics.read_rows(self.workdir))
+
+    def _sample(self) -> bytes | None:
+        """The prompt continued, of tasks made of text."""
+        if self.dataset.tokenizer is None:
+            return None
+        key = jax.random.fold_in(jax.random.wrap_key_data(jax.device_get(self.state.rng)), self.step)
+        config, tokenizer = self.config, self.dataset.tokenizer
+        return sampling.continue_text(
+            self.state.params, config.model, tokenizer, config.prompt.encode(), key, config.sampling
+        )
 
     def _report(self, step: int, values: dict[str, jax.Array], seen: dict[str, jax.Array] | None = None) -> float:
         """Write a step's metrics and what probes saw, and show them; abort past the limit of updates that were not finite.
@@ -215,8 +242,9 @@ class Run:
         if row["streak"] > limits.max_consecutive or row["skipped"] > limits.max_total:
             # The last finite update made the parameters from which none followed: its checkpoint is not good.
             self.checkpoints.discard(step - int(row["streak"]))
+            spike = "" if limits.max_grad_norm is None else f" or a norm above {limits.max_grad_norm:g}"
             raise RunError(
-                f"non-finite loss or gradient at step {step}: {row['streak']:.0f} updates in a row and "
+                f"non-finite loss or gradient{spike} at step {step}: {row['streak']:.0f} updates in a row and "
                 f"{row['skipped']:.0f} in all were skipped (allowed: {limits.max_consecutive} and {limits.max_total}); "
                 + self.kept()
             )
@@ -342,28 +370,7 @@ def _last_of(workdir: Path) -> tuple[Any, Any, str]:
     return restored[1].params, restored[1].stats, f"step {restored[0]} of {workdir}"
 
 
-class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into `signal`; a second one interrupts at once."""
-
-    def __init__(self):
-        self.signal: signal.Signals | None = None
-
-    def __enter__(self):
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        print("stopping after this step; once more to stop at once", flush=True)
-
-
-def _check_fits(config: TrainConfig, dataset: data.Dataset) -> None:
+def check_fits(config: TrainConfig, dataset: data.Dataset) -> None:
     """Raise a ValueError if the data hold ids that the model has no row for."""
     for name in ("vocab_size", "num_classes"):
         needed, there = getattr(dataset, name), getattr(config.model, name, None)

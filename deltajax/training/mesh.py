@@ -47,12 +47,13 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> 
     axis_types = (AxisType.Auto,) * len(resolved)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(resolved.values()), tuple(resolved), axis_types=axis_types, devices=devices)
+        array = mesh_utils.create_device_mesh(tuple(resolved.values()), devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(array, tuple(resolved), axis_types=axis_types)
     if resolved["data"] % slices:
         raise ValueError(f"mesh.data must be a multiple of the {slices} slices, got {resolved['data']}")
     across = dict.fromkeys(resolved, 1) | {"data": slices}
     inside = [size // across[axis] for axis, size in resolved.items()]
-    array = mesh_utils.create_hybrid_device_mesh(inside, list(across.values()), devices)
+    array = mesh_utils.create_hybrid_device_mesh(inside, list(across.values()), devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(array, tuple(resolved), axis_types=axis_types)
 
 
@@ -92,9 +93,10 @@ def check_sequence(seq_len: int | None, mesh: jax.sharding.Mesh) -> None:
 
 
 def reading_group(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """(index, count): this process reads part `index` of `count` equal, contiguous parts of every batch.
+    """(index, count): this process reads part `index` of `count` equal parts of every batch.
 
-    Processes whose devices differ only on the sequence or tensor axis read the same rows.
+    Processes whose devices differ only on the sequence or tensor axis read the same rows. Where in the global array a part
+    comes to lie depends on the mesh; the rows of the batch do not.
 
     Raises:
       ValueError: the mesh gives processes parts that overlap.
@@ -105,9 +107,9 @@ def reading_group(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
         rows.setdefault(device.process_index, set()).update(range(shards)[index[0]])
     parts = sorted({tuple(sorted(part)) for part in rows.values()})
-    if [row for part in parts for row in part] != list(range(shards)) or len({len(part) for part in parts}) > 1:
+    if sum(map(len, parts)) != shards or len({len(part) for part in parts}) > 1:
         raise ValueError(
-            f"mesh {_show(mesh.shape)}: the {len(rows)} processes must each hold whole, contiguous parts of data * fsdp"
+            f"mesh {_show(mesh.shape)}: the {len(rows)} processes must hold equal parts of data * fsdp that do not overlap"
         )
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 

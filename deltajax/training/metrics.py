@@ -92,6 +92,22 @@ def overall(table: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(x.sum()) / weight for name, x in table.items() if name != "weight"}
 
 
+class Silence:
+    """Stands for what writes and shows in all processes but the first."""
+
+    def write(self, step: int, *_: Any, **values: float) -> None:
+        """Nothing."""
+
+    def update(self, step: int, loss: float, speed: str) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Progress:
     """A bar with loss, speed and time left on a terminal; elsewhere one line per tenth of the run."""
 

@@ -18,6 +18,9 @@ from deltajax.training import mesh as mesh_lib
 Batch = dict[str, Array]  # as the model's `loss_sums` takes it; the first axis of each array is the batch
 Sums = dict[str, Float[Array, ""]]
 
+# Platform -> what lets a step compute while arrays travel. The TPU compiler does so by itself, the CPU's cannot.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -34,7 +37,7 @@ class TrainState:
       opt_state: of the Optax chain.
       rng: key data, fixed over the run; random things fold the step into it.
       step: batches consumed.
-      skipped, streak: updates skipped because they were not finite, in all and since the last good one.
+      skipped, streak: updates skipped because they were not finite or a spike, in all and since the last good one.
     """
 
     params: Any
@@ -151,12 +154,14 @@ class Step:
         grad_accumulation: int = 1,
         probed_sequences: int = 10,
         by_example: bool = False,
+        max_grad_norm: float | None = None,
     ):
         """Nothing is computed before the first call; what is never called is never compiled.
 
         Args:
           probed_sequences: what `train_probed` measures, of each microbatch.
           by_example: the training metrics get "example_losses" [B].
+          max_grad_norm: updates with a larger gradient norm are skipped; None: all sizes are taken.
         """
         whole = mesh_lib.replicated(mesh)
         within = functools.partial(mesh_lib.within, mesh)
@@ -169,18 +174,21 @@ class Step:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
         self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
-        train = functools.partial(_train, model, optimizer, schedule, grad_accumulation, by_example)
+        options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+        train = functools.partial(_train, model, optimizer, schedule, grad_accumulation, by_example, max_grad_norm)
         self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = jax.jit(
             within(lambda state, batch: train(state, batch)[:2]),
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, whole),
             donate_argnums=0,
+            compiler_options=options,
         )
         self.train_probed: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], dict[str, Any]]] = jax.jit(
             within(functools.partial(train, probed_sequences=probed_sequences)),
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, whole, whole),
             donate_argnums=0,
+            compiler_options=options,
         )
         self.evaluate: Callable[[Any, Any, Batch], Sums] = jax.jit(
             within(functools.partial(_evaluate, model)),
@@ -201,7 +209,8 @@ class Step:
 
     def put(self, batch: dict[str, Any]) -> Batch:
         """Make global arrays of which this process' rows are a part."""
-        return {k: jax.make_array_from_process_local_data(self.batch_sharding, x) for k, x in batch.items()}
+        with jax.transfer_guard_host_to_device("allow"):  # of several processes JAX counts it as implicit
+            return {k: jax.make_array_from_process_local_data(self.batch_sharding, x) for k, x in batch.items()}
 
 
 def _init(model: Any, optimizer: optax.GradientTransformation, seed: int, shardings: Any = None) -> TrainState:
@@ -223,6 +232,7 @@ def _train(
     schedule: optax.Schedule,
     grad_accumulation: int,
     by_example: bool,
+    max_grad_norm: float | None,
     state: TrainState,
     batch: Batch,
     probed_sequences: int = 0,
@@ -232,13 +242,15 @@ def _train(
         state.params, state.stats, model, batch, key, grad_accumulation, probed_sequences, by_example
     )
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+    good = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+    if max_grad_norm is not None:
+        good &= norm <= max_grad_norm
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, stats, opt_state = jax.tree.map(
-        functools.partial(jnp.where, finite), (params, stats, opt_state), (state.params, state.stats, state.opt_state)
+        functools.partial(jnp.where, good), (params, stats, opt_state), (state.params, state.stats, state.opt_state)
     )
-    skip = 1 - finite.astype(jnp.int32)
+    skip = 1 - good.astype(jnp.int32)
     metrics = {
         **means({name: x for name, x in sums.items() if name != "example_losses"}),
         "weight": sums["weight"],

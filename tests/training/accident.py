@@ -14,6 +14,7 @@ from deltajax import train
 from deltajax.training import checkpoint, metrics
 
 what, step = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
 
 
 def now(at: int) -> None:
@@ -59,7 +60,8 @@ if what == "kill_in_save":
 elif what == "kill_before_commit":
     sys.addaudithook(before_rename)
 else:
-    metrics.Writer.write = after_row(metrics.Writer.write)  # type: ignore[method-assign]
+    for writer in (metrics.Writer, metrics.Silence):  # of the first process, of the others
+        writer.write = after_row(writer.write)  # type: ignore[method-assign]
 
 if __name__ == "__main__":
-    sys.exit(train.main(sys.argv[2:]))
+    sys.exit(train.main())

@@ -1,9 +1,12 @@
 """Whatever ends a run, the same command continues it, and the losses are those of a run that nothing ended."""
 
+import dataclasses
+import itertools
 import os
 import random
 import re
 import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -11,8 +14,10 @@ import numpy as np
 import pytest
 from training_runs import HERE, TINY, losses, start
 
-from deltajax.training import serialize
+from deltajax import data
+from deltajax.training import loop, serialize, watch
 from deltajax.training.checkpoint import Checkpoints, lock
+from deltajax.training.config import Evaluation
 from deltajax.training.loop import make_step
 
 
@@ -88,3 +93,37 @@ def test_two_runs_in_one_workdir(tmp_path, run_train):
     assert code == 1
     assert "in use by another run" in err
     assert err.count("\n") == 1
+
+
+class HangingSource:
+    """Examples of another source; one read hangs until somebody has complained."""
+
+    def __init__(self, source):
+        self.source, self.reads, self.reported = source, itertools.count(), threading.Event()
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if next(self.reads) == 40:
+            assert self.reported.wait(60)
+        return self.source[index]
+
+
+def test_stalled_data_are_reported(tiny_config, tmp_path, monkeypatch, capfd):
+    """Who waits, for how long and for which step; when the data come the run goes on."""
+    config = dataclasses.replace(tiny_config, steps=6, evaluation=Evaluation(every=6, batches=1))
+    dataset, report = data.load(config.data), watch.report_stall
+    source = HangingSource(dataset.train)
+
+    def report_and_go_on(*arguments):
+        report(*arguments)
+        source.reported.set()
+
+    monkeypatch.setattr(watch, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "report_stall", report_and_go_on)
+    monkeypatch.setattr(data, "load", lambda _: dataclasses.replace(dataset, train=source))
+    loop.run(config, tmp_path)
+    err = capfd.readouterr().err
+    assert re.search(r"warning: process 0 has waited \d s for the batch of step \d; data loading is stalled\n", err)
+    assert losses(tmp_path)[6][0] is not None

@@ -1,0 +1,94 @@
+"""Rehearsal: reading compiled programs, reports, executables that train, remedies; the TPU compiler where it is installed."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+from training_runs import TINY, losses
+
+from deltajax import rehearse
+from deltajax.training import hlo, loop, rehearsal
+
+PROGRAM = """
+HloModule jit_f
+
+%fused (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %inner = f32[4,8]{1,0} add(%p, %p), backend_config={"estimated_cycles":"999"}
+}
+
+%body (arg: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %arg = (s32[], f32[4,8]) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%arg), index=1
+  %fusion.1 = f32[4,8]{1,0} fusion(%x), calls=%fused, metadata={op_name="jit(f)/mul"}, backend_config={"estimated_cycles":"100"}
+  %all-gather.1 = bf16[8,8]{1,0} all-gather(%fusion.1), channel_id=1, dimensions={0}
+}
+
+%condition (arg: (s32[], f32[4,8])) -> pred[] {
+  %arg = (s32[], f32[4,8]) parameter(0)
+  %limit = s32[] constant(24)
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %while.1 = (s32[], f32[4,8]) while(%a), condition=%condition, body=%body
+  %start = ((f32[4,8]{1,0}), f32[16,8]{1,0}) all-gather-start(%a), channel_id=2, dimensions={0}
+  %done = f32[16,8]{1,0} all-gather-done(%start)
+  %reduced = (f32[], f32[3]{0}) all-reduce(%a, %a), channel_id=3, to_apply=%add, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_loops_and_collectives_are_counted():
+    """A loop's body counts as often as its condition allows, a fusion once as a whole, a started collective once."""
+    collectives, costs = rehearsal.summarise(hlo.ops(PROGRAM))
+    assert collectives == {"all-gather": (25, 24 * 8 * 8 * 2 + 16 * 8 * 4), "all-reduce": (1, 4 + 12)}
+    assert costs == {"jit(f)/mul": 2400, "(all-reduce of the compiler)": 7}
+
+
+def test_text_of_a_real_program():
+    """A scan of 5 rounds with a product in it: the compiler's own text is understood."""
+    compiled = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c @ c), None), x, length=5)[0])
+    found = hlo.ops(compiled.lower(jnp.ones((64, 64))).compile().as_text())
+    assert {op.times for op in found if "sin" in op.source or op.kind == "dot"} == {5}
+
+
+def test_report_executable_and_run(finished, tmp_path, capfd, run_train):
+    """The rehearsed step, saved and loaded by the trainer, does what the trainer's own does; not for another config."""
+    file = tmp_path / "step.bin"
+    assert rehearse.main(["rehearse", f"--config={TINY}", f"--save={file}"]) == 0
+    out = capfd.readouterr().out
+    assert "devices  1 x cpu; mesh data=1, fsdp=1, sequence=1, tensor=1" in out
+    assert "model    30,644 parameters; 256 tokens a step" in out
+    assert "travels" not in out
+    code, _, err = run_train(tmp_path / "run", f"--executable={file}")
+    assert code == 0, err
+    assert losses(tmp_path / "run") == losses(finished)
+    code, _, err = run_train(tmp_path / "other", f"--executable={file}", "--config.seed=5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "made for another config: seed: 0 -> 5" in err
+
+
+def test_remedies(tiny_config):
+    """What does not fit is told which keys to change: only those that can help here."""
+    found = rehearsal.remedies(tiny_config, loop.make_step(tiny_config))
+    assert [text.split()[0] for text in found] == [
+        "config.model.remat",
+        "config.grad_accumulation",
+        "config.mesh.tensor",
+    ]
+    full = dataclasses.replace(
+        tiny_config, model=dataclasses.replace(tiny_config.model, remat="full"), grad_accumulation=8
+    )
+    found = rehearsal.remedies(full, loop.make_step(full))
+    assert [text.split()[0] for text in found] == ["config.mesh.sequence", "config.mesh.tensor"]
+
+
+def test_bad_input_is_one_line(capfd):
+    assert rehearse.main(["rehearse"]) == 2
+    assert "--config: an experiment file is missing" in capfd.readouterr().err
+    code = rehearse.main(["rehearse", f"--config={TINY}", "--topology=v5e:3x"])
+    err = capfd.readouterr().err
+    assert (code, err.count("\n")) == ((2, 1) if importlib.util.find_spec("libtpu") else (1, 1)), err
+    assert "--topology=v5e:3x" in err
