@@ -149,6 +149,42 @@ def test_folding(config):
         assert fed[name] == pytest.approx(np.prod(shape) * fan), name
 
 
+def test_pooling_addition_and_concatenation():
+    """A graph of every kind of node, with strides and margins that differ between the readers of a map."""
+    near, wide, half = graph.Window(3, 1, (1, 1)), graph.Window(5, 2, (2, 2)), graph.Window(2, 2)
+    nodes = (
+        graph.Node("input", "input", 3),
+        graph.Node("a", "conv", 6, (("input", near),), "relu"),
+        graph.Node("b", "conv", 6, (("a", near),), "relu", groups=2),
+        graph.Node("sum", "add", 6, (("a", graph.Window()), ("b", graph.Window()))),
+        graph.Node("both", "concat", 12, (("sum", graph.Window()), ("a", graph.Window())), quantized=False),
+        graph.Node("pooled", "max_pool", 12, (("both", half),)),
+        graph.Node("strided", "conv", 12, (("both", wide), ("pooled", graph.Window())), "relu"),
+    )
+    rng = np.random.default_rng(6)
+
+    def draw(*shape):
+        return jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+
+    params = {"input": {}, "sum": {}, "both": {}, "pooled": {}, "a": {"kernel": draw(3, 3, 3, 6), "bias": draw(6)}}
+    params["b"] = {"kernel": draw(3, 3, 3, 6), "bias": draw(6)}
+    params["strided"] = {"kernel": draw(5, 5, 12, 12), "bias": draw(12)}
+    for node in nodes:
+        if node.quantized:
+            params[node.name] = {**params[node.name], "step": jnp.full(node.channels, 0.25)}
+    built = graph.Graph(nodes), {"maps": params, "head": {"weight": draw(12, 4), "bias": draw(4)}}
+    runner = stream.Stream(*built, (40, 48, 3), limits={node.name: 10**6 for node in nodes})
+    dense, state = jax.jit(functools.partial(graph.apply, built[0])), runner.init_state()
+    for t, frame in enumerate(clip(rng, (40, 48), 5)):
+        logits, state, counts = runner.step(state, frame)
+        np.testing.assert_allclose(logits, dense(built[1], frame[None])[0], atol=1e-4)
+        assert t == 0 or (np.asarray(counts) >= 0).all()
+    assert graph.Graph(nodes[:2]).operations({"maps": params, "head": {"weight": draw(6, 4)}}, 40, 48) == {
+        "input": 40 * 48 * 9 * 3 * 6,
+        "a": 6 * 4,
+    }
+
+
 def test_calibration(basic, monkeypatch):
     """By a clock that charges for tiles: dense maps and frames win where they are cheaper, numbers stay the same."""
     runner = stream.Stream(*basic[:2], (*SIZE, 3))
