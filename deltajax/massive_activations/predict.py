@@ -19,7 +19,6 @@ import numpy as np
 import tqdm
 from absl import flags
 from jaxtyping import Float
-from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import GradientBoostingRegressor, RandomForestRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, Ridge
@@ -39,7 +38,7 @@ MIN_ROWS = 10
 
 
 def _forest() -> Any:
-    return RandomForestRegressor(100, random_state=0)
+    return RandomForestRegressor(50, random_state=0)
 
 
 # Name -> (estimator, values of its most telling setting), of which 5-fold cross-validation chooses.
@@ -67,14 +66,38 @@ def _transformer(parameter: str) -> Any:
     if parameter == "K":
         return PowerTransformer("yeo-johnson")
     inverse = lambda x: np.sign(x) * np.expm1(np.abs(x))  # noqa: E731
-    # Standardised, so that a penalty means the same for gamma, of order 1e-4, as for A.
+    # Standardised, as Yeo-Johnson is, so that a penalty means the same for gamma, of order 1e-4, as for A.
     return make_pipeline(FunctionTransformer(signed_log1p, inverse, check_inverse=False), StandardScaler())
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A fitted estimator of one parameter.
+
+    Attributes:
+      scale: transformer of the parameter, fitted to the rows learned from.
+      regressor: features -> transformed parameter.
+      low, high: of the transformed parameter in the rows learned from.
+    """
+
+    scale: Any
+    regressor: Any
+    low: float
+    high: float
+
+    def scaled(self, y: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        """The parameter, transformed."""
+        return self.scale.transform(y[:, None])[:, 0]
+
+    def predict(self, x: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N"]:
+        """In the data's units, within the range of what was learned from: beyond it the transforms have no inverse."""
+        return self.scale.inverse_transform(np.clip(self.regressor.predict(x), self.low, self.high)[:, None])[:, 0]
 
 
 def train(
     x: Float[np.ndarray, "N F"], y: Float[np.ndarray, "N"], groups: np.ndarray | None, parameter: str, estimator: str
-) -> Any:
-    """An estimator of ESTIMATORS with its setting chosen by cross-validation in (up to) 5 folds; predicts in the data's units.
+) -> Predictor:
+    """An estimator of ESTIMATORS with its setting chosen by cross-validation in (up to) 5 folds.
 
     Args:
       groups: [N], rows of one group stay in one fold; None: rows are spread at random.
@@ -83,13 +106,13 @@ def train(
     folds: Any = KFold(min(5, len(y)), shuffle=True, random_state=0)
     if groups is not None and len(set(groups)) > 1:
         folds = GroupKFold(min(5, len(set(groups))))
-    target = TransformedTargetRegressor(make(), transformer=_transformer(parameter))
-    search = GridSearchCV(
-        target, {f"regressor__{k}": v for k, v in grid.items()}, cv=folds, scoring="neg_mean_squared_error"
-    )
+    scale = _transformer(parameter).fit(y[:, None])
+    z = scale.transform(y[:, None])[:, 0]
+    search = GridSearchCV(make(), dict(grid), cv=folds, scoring="neg_mean_squared_error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of the settings that are then not chosen
-        return search.fit(x, y, groups=groups).best_estimator_
+        search.fit(x, z, groups=groups)
+    return Predictor(scale, search.best_estimator_, float(z.min()), float(z.max()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +141,10 @@ def _splits(table: Table, split: Split, repeats: int) -> Iterator[tuple[np.ndarr
         yield np.flatnonzero(table.architectures != one), np.flatnonzero(table.architectures == one)
 
 
-def _errors(model: Any, x: np.ndarray, y: np.ndarray, learned: np.ndarray) -> tuple[float, float]:
-    """Sums of squares of a model, and of the mean of what it learned from, on its transformed scale."""
-    to_scale = model.transformer_.transform
-    truth, guess, known = (to_scale(v[:, None])[:, 0] for v in (y, model.predict(x), learned))
-    return float(((truth - guess) ** 2).sum()), float(((truth - known.mean()) ** 2).sum())
+def _errors(model: Predictor, x: np.ndarray, y: np.ndarray, learned: np.ndarray) -> tuple[float, float]:
+    """Sums of squares of a predictor, and of the mean of what it learned from, on its transformed scale."""
+    truth, known = model.scaled(y), model.scaled(learned)
+    return float(((truth - model.regressor.predict(x)) ** 2).sum()), float(((truth - known.mean()) ** 2).sum())
 
 
 def check(table: Table) -> None:

@@ -105,6 +105,17 @@ def test_a_model_that_is_not_in_the_table(table):
     assert found["K"].mean() == pytest.approx(160, rel=0.2)
 
 
+def test_parameters_of_absurd_size(table):
+    """Fits of open parameters reach 1e15: scores stay numbers, predictions inside what was learned from."""
+    rng = np.random.default_rng(0)
+    for name in ("A", "K"):
+        y = np.where(rng.uniform(size=len(table.models)) < 0.2, -(10 ** rng.uniform(3, 15, len(table.models))), 5.0)
+        (score, _) = predict.evaluate(dataclasses.replace(table, y={name: y}), 1, ["ridge"])
+        assert np.isfinite(score.r2)
+        found = predict.train(table.x, y, None, name, "ridge").predict(3 * table.x - 2)
+        assert np.isfinite(found).all() and found.min() >= 1.001 * y.min() and found.max() <= 5.001
+
+
 def test_fitted_trajectories_become_a_table(tmp_path):
     """With the numbers that made the curve; a block that cannot be fitted is left out with its reason."""
     steps = np.arange(0, 1000, 20.0)
