@@ -274,7 +274,8 @@ NOTES = [
     "nothing.",
     "The law has five parameters for 30 points of a series that hardly rises: many are open (no interval in fits.csv), and those "
     "of the best curve are then extreme (lambda at its bound of 30, A of order 1e15). The predictor learns from them as the "
-    "paper's did from its own; scores here say what such fits allow, not what Pythia's would.",
+    "paper's did from its own; scores here say what such fits allow, not what Pythia's would. With 30 blocks a random split "
+    "flatters every parameter, and from other architectures none but K is predicted better than by its mean.",
     "The authors' published fits could not be had when this was made: the predictor reads tables of them (an example of ours: "
     "docs/massive_activations/published_fits.csv), and its scores on them are unmeasured.",
     "What probes cost a step: benchmarks/results/massive_probes.csv.",
