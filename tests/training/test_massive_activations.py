@@ -1,13 +1,16 @@
-"""Commands that look into a finished run: interventions and the report."""
+"""Commands that look into finished runs: interventions, the report, the study; and the section of the results page."""
 
 import csv
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deltajax.massive_activations import intervene, laws, report, study
+from deltajax.training import reports
+from experiments import massive_activations as experiment
 
 
 def test_interventions(finished, tmp_path, capsys):
@@ -134,3 +137,21 @@ def test_usage_of_the_study(flags, message, probed, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not out.exists()
+
+
+RESULTS = Path(__file__).parents[2] / "docs/results"
+
+
+def test_section_of_the_results(tmp_path):
+    """Every figure and claim finds its numbers in the committed tables; without them figures are left out."""
+    shared = [path for path in RESULTS.glob(f"{experiment.NAME}*") if path.suffix != ".png"]
+    for path in shared:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    rows = reports.read(tmp_path / f"{experiment.NAME}.csv")
+    text = reports.section(experiment.get_report(), rows, experiment.NAME, tmp_path, tmp_path / "page.md")
+    assert text.count("](massive_activations_") == 4 == len(list(tmp_path.glob("*.png")))
+    assert "**Not run.**" not in text
+    assert "| neox-14m |" in text and "show less than large ones" in text
+    shutil.rmtree(tmp_path / experiment.NAME)
+    bare = reports.section(experiment.get_report(), rows, experiment.NAME, tmp_path, tmp_path / "page.md")
+    assert "](massive_activations_" not in bare
