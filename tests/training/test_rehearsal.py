@@ -1,13 +1,16 @@
 """Rehearsal: reading compiled programs, reports, executables that train, remedies; the TPU compiler where it is installed."""
 
+import copy
 import dataclasses
 import importlib.util
 
 import jax
 import jax.numpy as jnp
+import pytest
 from training_runs import TINY, losses
 
 from deltajax import rehearse
+from deltajax.errors import RunError
 from deltajax.training import hlo, loop, rehearsal
 
 PROGRAM = """
@@ -83,6 +86,27 @@ def test_remedies(tiny_config):
     )
     found = rehearsal.remedies(full, loop.make_step(full))
     assert [text.split()[0] for text in found] == ["config.mesh.sequence", "config.mesh.tensor"]
+
+
+def test_what_does_not_fit_is_told_what_to_change(tiny_config, monkeypatch):
+    """XLA's refusal (its own words, as libtpu 0.0.52 gives them) becomes one line with keys of the config."""
+
+    class TooLarge:
+        def trace(self, *_):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+                "temporaries (400.00G) exceeds available HBM (15.75G). HLO module: jit_traced.\nSee elsewhere."
+            )
+
+    step = copy.copy(loop.make_step(tiny_config))
+    step.train = TooLarge()
+    monkeypatch.setattr(loop, "make_step", lambda *_: step)
+    with pytest.raises(RunError) as raised:
+        rehearsal.rehearse(tiny_config)
+    message = str(raised.value)
+    assert message.startswith("does not fit: E1000") and "\n" not in message
+    assert "(400.00G) exceeds available HBM (15.75G)" in message
+    assert "Change config.model.remat to full" in message
 
 
 def test_bad_input_is_one_line(capfd):
