@@ -113,5 +113,4 @@ NOTES = [
     "`paper` was not run; `small` has a vocabulary of 256, one head, batches of 64, Muon and 600 steps. Linear attention does "
     "not fail at these sizes, so the claim is not shown: more pairs for the width, and more steps, were not tried.",
     "Gated DeltaNet, attention and DeltaProduct had not learned the task in 600 steps with some or all seeds.",
-    "Unexplained: linear attention at width 32 has accuracy 0 on the validation set and 0.99 on the set of the same length.",
 ]
