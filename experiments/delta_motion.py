@@ -89,9 +89,9 @@ def get_report() -> Report:
                 lambda delta, spatial: delta > spatial,
             ),
             Claim(
-                "The penalty over tiles leaves more tiles of 8 x 8 pixels alone than the paper's (rate 0.01).",
+                "The penalty over tiles leaves more tiles of 8 x 8 pixels alone than the paper's, by 5 points (rate 0.01).",
                 {"over tiles": at("tile", 0.01, "tile_sparsity"), "paper's": at("temporal", 0.01, "tile_sparsity")},
-                lambda tiles, paper: tiles > paper,
+                lambda tiles, paper: tiles > paper + 0.05,
             ),
         ],
         tables=[
@@ -124,5 +124,6 @@ Commands: `python -m deltajax.sweep --config=experiments/motion.py --csv=docs/re
 NOTES = [
     "The first frame of a clip is left out of the sparsities, as in the paper. Without delta activations changes are rarely "
     "exactly zero where anything moves; the background of these clips stands still, which is why the baseline is sparse too.",
+    "The penalty over tiles ran with two of its three seeds, the gradient of LSQ (`step_gradient=lsq`) not at all: time.",
     "UCF101 itself was not run: `experiments/ucf101.py` is its recipe, and is run on made videos in the tests.",
 ]
