@@ -1,8 +1,9 @@
 """The chunked delta product as TPU kernels (Mosaic): gates, scores, inverse, WY parts and the scan over chunks.
 
-Three kernels, each on the grid (batch, block of heads, chunk). "inverse" forms (I + A)^-1 of every chunk: it needs no state,
-so no chunk waits for another. "forward" scans over the chunks with the state in VMEM, in float32. "backward" scans in
-reverse with `jax.vjp` of the function of one chunk, from these inverses and from the states that the forward kernel wrote.
+bfloat16 without gate or with one per head goes to `tpu_bfloat16`, where that serves the shapes; here is everything else. Three
+kernels, each on the grid (batch, block of heads, chunk). "inverse" forms (I + A)^-1 of every chunk: it needs no state, so
+no chunk waits for another. "forward" scans over the chunks with the state in VMEM, in float32. "backward" scans in reverse
+with `jax.vjp` of the function of one chunk, from these inverses and from the states that the forward kernel wrote.
 
 A chunk has C queries and N = C R rows of keys and values. Row s carries the gate of its token if it is the token's first
 row, else 0, so that every decay is the exponential of a sum of gates over rows, and R > 1 needs no case of its own. With S
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_bfloat16
+
 ROWS = 64  # rows of a chunk, at most
 HEADS = 16  # value heads of a block
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
@@ -39,10 +42,38 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """
     if initial_state.dtype != jnp.float32:
         raise NotImplementedError(f"the state must be float32, got {initial_state.dtype}")
-    batch, length, steps, heads = v.shape[:4]
-    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
+    if g is not None:
+        g = g.astype(jnp.float32) if g.ndim == q.ndim else jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
+    heads = v.shape[3]
     if heads > max(HEADS, 2 * q.shape[2]):
         q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
+    scan = _bfloat16 if tpu_bfloat16.serves(q, k, v, g) else _general
+    constant = scale if isinstance(scale, int | float) else 1.0
+    o, state = scan(q, k, v, beta, g, initial_state, constant)
+    return (o if constant is scale else o * scale).astype(v.dtype), state
+
+
+def _bfloat16(q, k, v, beta, g, initial_state, scale):
+    """What `tpu_bfloat16` serves."""
+    if g is not None:
+        g = _by_row(_first_of_token(g, v.shape[2]))
+    return tpu_bfloat16.scan(q, *map(_by_row, (k, v, beta)), g, initial_state, scale)
+
+
+def _by_row(x):
+    """T and R merged: the same bytes."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _first_of_token(g, steps):
+    """[B, T, HV] -> [B, T, R, HV]: a token's gate in its first row, else 0."""
+    return jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2)
+
+
+def _general(q, k, v, beta, g, initial_state, scale):
+    """Any dtype, R, gate and size, by the kernels below."""
+    batch, length, steps, heads = v.shape[:4]
+    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
     tokens = max(8, 1 << (ROWS // steps).bit_length() - 1)
     chunks = -(-length // tokens)
 
@@ -51,18 +82,11 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         x = jnp.pad(x.astype(jnp.float32), [(0, chunks * tokens - length if axis == 1 else 0) for axis in range(4)])
         return jnp.moveaxis(x.reshape(batch, chunks, 1, tokens * steps, heads), 4, 2)
 
-    rows = [per_chunk(beta)]
-    gates = None
-    if g is not None and g.ndim == q.ndim:
-        gates = g.astype(jnp.float32)
-    elif g is not None:
-        g = jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
-        rows.append(per_chunk(jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2)))
-    merged = (x.reshape(batch, length * steps, *x.shape[3:]) for x in (k, v))  # T and R: the same bytes
-    sequences = (x.astype(dtype) for x in (q, *merged))
-    constant = scale if isinstance(scale, int | float) else 1.0
-    o, state = _scan(*sequences, jnp.concatenate(rows, axis=-2), gates, initial_state, constant)
-    return (o if constant is scale else o * scale).astype(v.dtype), state
+    per_channel = g is not None and g.ndim == q.ndim
+    per_row = [beta] if g is None or per_channel else [beta, _first_of_token(g, steps)]
+    rows = jnp.concatenate([per_chunk(x) for x in per_row], axis=-2)
+    sequences = (x.astype(dtype) for x in (q, _by_row(k), _by_row(v)))
+    return _scan(*sequences, rows, g if per_channel else None, initial_state, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

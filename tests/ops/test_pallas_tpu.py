@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import tpu_cycles
 from deltajax.ops import delta_product
-from pallas_kernels import tpu
+from pallas_kernels import tpu, tpu_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,47 @@ def test_float32(batch, length, steps, heads, value_heads, key_dim, value_dim, g
 
 
 @pytest.mark.parametrize(
-    ("steps", "gate", "cosine"), [(1, "scalar", 0.5), (4, None, 0.5), (1, "strong", 0.95), (1, "channel", 0.5)]
+    ("steps", "heads", "value_heads", "gate", "cosine"),
+    [
+        (1, 1, 2, "strong", 0.95),
+        (4, 1, 2, None, 0.5),
+        (1, 1, 2, "channel", 0.5),
+        (1, 2, 4, "scalar", 0.5),  # from here in pairs of heads
+        (4, 4, 4, None, 0.5),
+        (2, 4, 4, "strong", 0.95),
+    ],
 )
-def test_bfloat16(steps, gate, cosine):
-    compare(draw(1, 1, 200, steps, 1, 2, 64, 64, gate, 2.0, cosine, "bfloat16"), "pallas_tpu", 1e-2, 2e-2)
+def test_bfloat16(steps, heads, value_heads, gate, cosine):
+    arguments = draw(1, 1, 200, steps, heads, value_heads, 64, 64, gate, 2.0, cosine, "bfloat16")
+    compare(arguments, "pallas_tpu", 1e-2, 2e-2)
+
+
+def test_pairs_of_heads_with_segments():
+    arguments = draw(3, 2, 65, 1, 2, 8, 64, 128, "scalar", dtype="bfloat16")
+    segments = jnp.asarray(np.arange(65) // 7)[None].repeat(2, 0)
+    compare(arguments, "pallas_tpu", 5e-3, 1e-2, segment_ids=segments)
+
+
+@pytest.mark.parametrize(
+    ("served", "steps", "heads", "value_heads", "dim", "gate", "dtype"),
+    [
+        (True, 1, 16, 16, 128, 3, "bfloat16"),
+        (True, 4, 2, 4, 64, None, "bfloat16"),
+        (True, 2, 4, 4, 256, 3, "bfloat16"),
+        (False, 1, 16, 16, 128, 3, "float32"),
+        (False, 1, 16, 16, 128, 4, "bfloat16"),
+        (False, 3, 16, 16, 128, 3, "bfloat16"),
+        (False, 1, 6, 6, 128, 3, "bfloat16"),
+        (False, 2, 16, 16, 256, 3, "bfloat16"),
+        (False, 1, 20, 20, 128, 3, "bfloat16"),
+        (False, 1, 4, 4, 40, 3, "bfloat16"),
+    ],
+)
+def test_which_are_served_in_pairs_of_heads(served, steps, heads, value_heads, dim, gate, dtype):
+    shapes = [(1, 9, heads, dim), (1, 9, steps, heads, dim), (1, 9, steps, value_heads, dim)]
+    q, k, v = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    g = gate and jax.ShapeDtypeStruct((1, 9, value_heads, dim)[:gate], "float32")
+    assert tpu_bfloat16.serves(q, k, v, g) == served
 
 
 def test_correlated_keys():
@@ -100,8 +137,8 @@ devices = topologies.get_topology_desc(sys.argv[1], platform="tpu").devices
 mesh = Mesh(np.array(devices[:1]), ("x",))
 sharding = NamedSharding(mesh, PartitionSpec())
 for number, (steps, heads, value_heads, dim, gate, dtype) in enumerate((
-    (1, 2, 4, 64, 1, "float32"), (1, 4, 4, 128, 1, "bfloat16"), (2, 2, 2, 64, 0, "bfloat16"), (3, 1, 1, 40, 1, "float32"),
-    (4, 2, 2, 128, 1, "bfloat16"), (1, 1, 1, 256, 1, "bfloat16"), (1, 2, 4, 128, 2, "bfloat16"), (3, 1, 1, 40, 2, "float32"),
+    (1, 2, 4, 64, 1, "float32"), (1, 4, 4, 128, 1, "bfloat16"), (2, 4, 4, 64, 0, "bfloat16"), (3, 1, 1, 40, 1, "float32"),
+    (4, 2, 4, 128, 1, "bfloat16"), (1, 1, 1, 256, 1, "bfloat16"), (1, 2, 4, 128, 2, "bfloat16"), (3, 1, 1, 40, 2, "float32"),
 )):
     shapes = [(1, 300, heads, dim), (1, 300, steps, heads, dim), (1, 300, steps, value_heads, dim), (1, 300, steps, value_heads)]
     arguments = [jax.ShapeDtypeStruct(s, dtype, sharding=sharding) for s in shapes]

@@ -1,0 +1,367 @@
+"""What the bfloat16 TPU kernels share: two heads side by side, products in parts, the inverse, gates, the call.
+
+What is square in the 64 rows of a chunk fills half of the 128 lanes, so two heads share an array, [64, 2 x 64]: half the
+vector work, and the products of both in one pass of the matrix unit. Of HV heads in a block, head p of the first half is
+paired with head p + HV / 2. All pairs go in step, stage by stage: the compiler looks no further than neighbouring lines, and so
+their products fill each other's latencies.
+
+bfloat16 matrices [rows, lanes] are held as 32-bit pairs of rows, [rows / 2, lanes], which is what the registers hold:
+then parts are put together, masked and stored as they are. (Of bfloat16 arrays Mosaic makes half-filled tiles in between.)
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+ROWS = 64  # of keys and values in a chunk
+LANES = 2 * ROWS
+BASE = 8  # rows of the diagonal blocks that are inverted by substitution: a tile of float32
+HEADS = 16  # value heads of a block, at most
+VMEM_LIMIT = 48 * 2**20  # bytes; tpu7x has 64 MiB
+SEMANTICS: tuple | None = ("parallel", "parallel", "arbitrary")  # of the grid
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def iota(shape, axis):
+    """Index along the axis, int32."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def rows_of(*x):
+    """Arrays one above the other."""
+    return jnp.concatenate(x, axis=0)
+
+
+def lanes_of(*x):
+    """Arrays side by side."""
+    return jnp.concatenate(x, axis=1)
+
+
+def bits(x):
+    """bfloat16 of float32 [rows, lanes] as int32 pairs of rows."""
+    return pltpu.bitcast(x.astype(BF16), jnp.int32)
+
+
+def floats(x):
+    """float32 of `bits`."""
+    return pltpu.bitcast(x, BF16).astype(F32)
+
+
+def halves(x):
+    """Two arrays of 8 bits that sum to x in 16 bits; cutting bits costs less than rounding and reading back."""
+    head = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), F32)
+    return head, x - head
+
+
+def split(x):
+    """Bits of the `halves` of x."""
+    return tuple(map(bits, halves(x)))
+
+
+def dot(x, y, axes=(1, 0)):
+    """float32 product of two matrices of bits."""
+    x, y = pltpu.bitcast(x, BF16), pltpu.bitcast(y, BF16)
+    return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=F32)
+
+
+def transpose(x):
+    """Bits of the transpose of a matrix of bits."""
+    return bits(pltpu.bitcast(x, BF16).T)
+
+
+def half_turn(x):
+    """Lanes turned by half: what is left goes right."""
+    return pltpu.roll(x, ROWS, 1)
+
+
+def left(x):
+    """Mask of the lanes of the left head of a pair."""
+    return iota(x.shape, 1) < ROWS
+
+
+def stacked(x):
+    """Bits of the pair's two heads, one above the other, in an array [2 rows, LANES] that is 0 in the other head's lanes."""
+    return rows_of(jnp.where(left(x), x, 0), jnp.where(left(x), 0, x))
+
+
+def either(x):
+    """Of [2 rows, LANES], products of each of two heads with both, what is its own: [rows, LANES]."""
+    size = x.shape[0] // 2
+    return jnp.where(iota((size, LANES), 1) < ROWS, x[:size], x[size:])
+
+
+def padded(x):
+    """Bits of [C, ..] with rows of zeros up to 64."""
+    rows = ROWS // 2 - x.shape[0]
+    return x if not rows else rows_of(x, jnp.zeros((rows, x.shape[1]), x.dtype))
+
+
+def column(x, h):
+    """Column h of [rows, heads] as [rows, 1]; 1 without gates."""
+    return 1.0 if x is None else x[:, h : h + 1]
+
+
+# The inverse.
+
+
+def _block_diagonal(x, size):
+    """Bits of a [LANES, LANES] matrix with the blocks of float32 x [size, LANES] on its diagonal."""
+    if size < 16:  # half a tile of bfloat16
+        block = iota((size, LANES), 1) // size
+        return bits(rows_of(*(jnp.where(block == i, x, 0) for i in range(LANES // size))))
+    x = bits(x)
+    block = iota(x.shape, 1) // size
+    return rows_of(*(jnp.where(block == i, x, 0) for i in range(LANES // size)))
+
+
+def _whole_tile(x):
+    """Bits of x, with rows of zeros up to the 16 that a tile has."""
+    return bits(x if x.shape[0] >= 16 else rows_of(x, jnp.zeros_like(x)))
+
+
+def spread_columns():
+    """Bits of [2 LANES, (BASE - 1) LANES]: column j of each diagonal block over the lanes of the block, from two parts."""
+    pair, lane = iota((LANES // 2, LANES), 0), iota((LANES // 2, LANES), 1)
+
+    def ones(j):
+        low, high = (jnp.where(2 * pair + i == lane // BASE * BASE + j, 0x3F80, 0) for i in range(2))
+        return (low | high << 16).astype(jnp.int32)
+
+    one = lanes_of(*map(ones, range(BASE - 1)))
+    return rows_of(one, one)
+
+
+def inverses(ms, spread):
+    """(I + M)^-1 for an even number of arrays M [64, 2 x 64] of strictly lower triangles.
+
+    Diagonal blocks of 8 by substitution, then blocks of twice the size from those of a size. In bfloat16 this errs by 5e-2
+    at beta 2 and cosine .95: one Newton step with an accurate residual squares that.
+    """
+    xs = _substituted(ms, spread)
+    size = BASE
+    while size < ROWS:
+        xs = _doubled(xs, ms, size)
+        size *= 2
+    eye = (iota((ROWS, LANES), 0) == iota((ROWS, LANES), 1) % ROWS).astype(F32)
+    residuals = []
+    for x, m in zip(xs, ms, strict=True):
+        (big, small), (first, second) = map(stacked, split(x)), halves(m)
+        residuals.append(eye - x - dot(bits(lanes_of(first, second, first)), rows_of(big, big, small)))
+    return [x + dot(bits(x), _block_diagonal(r, ROWS)) for x, r in zip(xs, residuals, strict=True)]
+
+
+def _diagonal_blocks(m, size, below=0):
+    """Blocks of m [64, 2 x 64] side by side in `size` rows: those `below` blocks under each (1 + `below`)th on the diagonal."""
+    lane = iota((size, LANES), 1) % ROWS
+    step = 1 + below
+    blocks = {b: m[(b + below) * size : (b + below + 1) * size] for b in range(0, ROWS // size, step)}
+    x = jnp.where(lane // size == 0, blocks.pop(0), 0) if below else blocks.pop(0)
+    for b, block in blocks.items():
+        x = jnp.where(lane // size == b, block, x)
+    return x
+
+
+def _substituted(ms, spread):
+    """Inverses of the diagonal blocks of 8 of I + M, side by side: [8, 2 x 64] each."""
+    columns = dot(lanes_of(*split(rows_of(*(_diagonal_blocks(m, BASE) for m in ms)))), spread)
+    xs = [(iota((BASE, LANES), 0) == iota((BASE, LANES), 1) % BASE).astype(F32)] * len(ms)
+    for j in range(BASE - 1):
+        c = columns[:, j * LANES : (j + 1) * LANES]
+        xs = [x - c[p * BASE : (p + 1) * BASE] * x[j : j + 1] for p, x in enumerate(xs)]
+    return xs
+
+
+def _doubled(xs, ms, size):
+    """Inverses of diagonal blocks of 2 `size` rows, side by side, from those of `size` rows.
+
+    Of blocks [[X, 0], [Z, Y]] the inverse is [[X', 0], [-Y' Z X', Y']], for all blocks of a size at once. Of two arrays, what
+    concerns the left upper blocks X of one takes the lanes of X, of the other the lanes of Y.
+    """
+    half, even = len(ms) // 2, (iota((size, LANES), 1) & size) == 0
+    z = [_diagonal_blocks(m, size, below=1) for m in ms]
+    z = [z[p] + pltpu.roll(z[p + half], size, 1) for p in range(half)]
+    two = [(xs[p], xs[p + half]) for p in range(half)]
+    upper = [jnp.where(even, x, pltpu.roll(y, size, 1)) for x, y in two]
+    lower = [jnp.where(even, pltpu.roll(x, LANES - size, 1), y) for x, y in two]
+    products = [dot(_whole_tile(x), _block_diagonal(y, size))[:size] for x, y in zip(z, upper, strict=True)]
+    corners = [dot(_whole_tile(x), _block_diagonal(y, size))[:size] for x, y in zip(lower, products, strict=True)]
+    corners = corners + [pltpu.roll(x, LANES - size, 1) for x in corners]
+    return [rows_of(jnp.where(even, x, 0), jnp.where(even, -y, x)) for x, y in zip(xs, corners, strict=True)]
+
+
+# Gates and scores.
+
+
+class Gates:
+    """What depends on beta and gates alone, of all heads of a block; decays are None without gates.
+
+    Per row and head: beta [64, nh], decays from the chunk's start and to its end; from the start per query [C, nh]; total
+    [1, nh]. As rows of pairs: beta_rows, gate_rows [nh / 2, 2 x 64].
+    """
+
+    def __init__(self, beta, gates, tokens):
+        self.tokens, self.steps, self.half = tokens, ROWS // tokens, beta.shape[1] // 2
+        self.beta, self.beta_rows = beta, self._by_pair(beta)
+        self.from_start = self.to_end = self.from_start_q = self.total = None
+        i, j = iota((ROWS, LANES), 0), iota((ROWS, LANES), 1) % ROWS
+        last = iota((tokens, LANES), 0) * self.steps + self.steps - 1  # row of a token
+        self.below, self.seen = i > j, last >= iota((tokens, LANES), 1) % ROWS
+        meets = [i >= j] + [self.seen] * (self.steps > 1)  # gates up to a row, or a query
+        self.meets = [x.astype(F32) for x in meets]
+        if gates is None:
+            return
+        self.gate_rows = self._by_pair(gates)
+        masks = bits(rows_of(*self.meets, (i < j).astype(F32)))
+        decays = jnp.exp(dot(masks, rows_of(*split(gates))))
+        self.from_start, self.to_end = decays[:ROWS], decays[-ROWS:]
+        self.from_start_q = decays[ROWS : ROWS + tokens] if self.steps > 1 else self.from_start
+        self.total = self.from_start[-1:]
+
+    def _by_pair(self, x):
+        """[64, nh] -> [nh / 2, 2 x 64]."""
+        x = x.T
+        return lanes_of(x[: self.half], x[self.half :])
+
+    def _decays(self, pairs):
+        """exp(sum of the gates after row j up to row i, or up to query t): [([64, 2 x 64], [C, 2 x 64]) of a pair]."""
+        if self.total is None:
+            return [(1.0, 1.0)] * len(pairs)
+        gates = []
+        for p in pairs:
+            row = jnp.broadcast_to(self.gate_rows[p : p + 1], (ROWS, LANES))
+            # Times the mask: of a choice v5e's compiler makes a masked product, which its profiler does not know.
+            gates += [lanes_of(*split(mask * row[: mask.shape[0]])) for mask in self.meets]
+        s, j = iota((LANES, LANES), 0), iota((LANES, LANES), 1)
+        later = bits(((s // ROWS == j // ROWS) & (s > j)).astype(F32))
+        decays = jnp.exp(dot(rows_of(*gates), rows_of(later, later)))
+        size = decays.shape[0] // len(pairs)
+        ends = range(size, decays.shape[0] + 1, size)
+        return [(decays[end - size : end - size + ROWS], decays[end - self.tokens : end]) for end in ends]
+
+    def scores(self, pairs, q, k, k_turned):
+        """[(K K^T D, Q K^T D) of a pair], masked, and the decays D."""
+        products = []
+        for p, turned in zip(pairs, k_turned, strict=True):
+            other = p + self.half
+            products.append(either(dot(rows_of(k[p], q[p], k[other], q[other]), turned)))
+        decays = self._decays(pairs)
+        return [
+            (jnp.where(self.below, x[:ROWS] * dk, 0), jnp.where(self.seen, x[ROWS:] * dq, 0))
+            for x, (dk, dq) in zip(products, decays, strict=True)
+        ], decays
+
+
+# Heads and calls.
+
+
+class PerHead:
+    """A ref [key heads or value heads, rows / 2, channels] of `bits`, read by value head."""
+
+    def __init__(self, ref, group=1):
+        self.ref, self.group = ref, group
+
+    def __getitem__(self, head):
+        return self.ref[head // self.group]
+
+
+def sizes(q, k, heads, value_dim):
+    """Sizes of arrays, of a chunk and of a block of nh value heads and kh key heads."""
+    batch, length, key_heads, key_dim = q.shape
+    steps = k.shape[1] // length
+    nh = min(HEADS, heads)
+    return types.SimpleNamespace(
+        batch=batch, length=length, steps=steps, tokens=ROWS // steps, chunks=-(-length * steps // ROWS), heads=heads,
+        nh=nh, kh=nh * key_heads // heads, key_dim=key_dim, value_dim=value_dim,
+    )  # fmt: skip
+
+
+def beta_and_gates(n, beta, g):
+    """Columns of a block of heads together: [B, blocks, T R, nh]."""
+    found = {"beta": beta} | ({} if g is None else {"g": g})
+    return {
+        name: jnp.moveaxis(x.astype(F32).reshape(n.batch, -1, n.heads // n.nh, n.nh), 2, 1) for name, x in found.items()
+    }
+
+
+def _layouts(n, chunk):
+    """Blocks of the arrays on the grid (batch, block of heads, chunk)."""
+
+    def sequence(size, heads, dim):
+        return pl.BlockSpec((None, size, heads, dim), lambda b, h, c: (b, chunk(c), h, 0))
+
+    def per_chunk(*size):
+        return pl.BlockSpec((None, None, *size), lambda b, h, c: (b, chunk(c), h, 0, 0))
+
+    columns = pl.BlockSpec((None, None, ROWS, n.nh), lambda b, h, c: (b, h, chunk(c), 0))
+    return {
+        "q": sequence(n.tokens, n.kh, n.key_dim),
+        "k": sequence(ROWS, n.kh, n.key_dim),
+        "v": sequence(ROWS, n.nh, n.value_dim),
+        "o": sequence(n.tokens, n.nh, n.value_dim),
+        "beta": columns,
+        "g": columns,
+        "spread": pl.BlockSpec((LANES, (BASE - 1) * LANES), lambda b, h, c: (0, 0)),
+        "inverses": per_chunk(n.nh // 2, ROWS // 2, 2 * LANES),
+        "z": per_chunk(n.nh, ROWS // 2, n.value_dim),
+        "states": per_chunk(n.nh, n.key_dim // 2, n.value_dim),
+        "state": pl.BlockSpec((None, n.nh, n.key_dim, n.value_dim), lambda b, h, c: (b, h, 0, 0)),
+    }
+
+
+def call(n, kernel, name, inputs, outputs, *, reverse=False):
+    """`pallas_call` over (batch, blocks of heads, chunks), forwards or in reverse.
+
+    inputs: layout -> array; outputs: (layout, shape, dtype) each. The kernel is given store(ref, arrays of heads), the inputs
+    by layout, those of sequences as `bits` in VMEM with heads first, and the refs of the outputs and of a float32
+    scratch of a block's states, which holds the "state" of the inputs at the first chunk.
+    """
+
+    def chunk(c):
+        return n.chunks - 1 - c if reverse else c
+
+    layouts = _layouts(n, chunk)
+    turned = [name for name in inputs if name in ("q", "k", "v", "o")]
+
+    def load(ref):
+        x = ref[...].astype(F32)
+        if n.length % n.tokens:  # what is read behind the last token is anything
+            there = (n.length - chunk(pl.program_id(2)) * n.tokens) * (x.shape[0] // n.tokens)
+            x = jnp.where(iota(x.shape, 0) < there, x, 0)
+        return x
+
+    def store(ref, heads):
+        ref[...] = jnp.swapaxes(jnp.stack(heads), 0, 1).astype(ref.dtype)
+
+    def body(*refs):
+        refs, scratch = refs[: -len(turned)], refs[-len(turned) :]
+        found = dict(zip(inputs, refs, strict=False))
+        for name, ref in zip(turned, scratch, strict=True):
+            heads = jnp.swapaxes(load(found[name]), 0, 1)
+            for h in range(heads.shape[0]):
+                ref[h] = bits(heads[h])
+            found[name] = ref
+        found |= {name: load(found[name]) for name in ("beta", "g") if name in found}
+
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            refs[-1][...] = found["state"][...]
+
+        kernel(store, found, *refs[len(inputs) :])
+
+    blocks = (layouts[name].block_shape for name in turned)
+    return pl.pallas_call(
+        body,
+        grid=(n.batch, n.heads // n.nh, n.chunks),
+        in_specs=[layouts[layout] for layout in inputs],
+        out_specs=[layouts[layout] for layout, *_ in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs],
+        scratch_shapes=[
+            pltpu.VMEM((n.nh, n.key_dim, n.value_dim), F32),
+            *(pltpu.VMEM((heads, rows // 2, dim), jnp.int32) for _, rows, heads, dim in blocks),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT),
+        name=f"delta_product_{name}",
+    )(*inputs.values())
