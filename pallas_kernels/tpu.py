@@ -47,10 +47,18 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     heads = v.shape[3]
     if heads > max(HEADS, 2 * q.shape[2]):
         q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
-    scan = _bfloat16 if tpu_bfloat16.serves(q, k, v, g) else _general
+    scan = _bfloat16 if tpu_bfloat16.serves(q, k, v, g) and not _on_tpu7x() else _general
     constant = scale if isinstance(scale, int | float) else 1.0
     o, state = scan(q, k, v, beta, g, initial_state, constant)
     return (o if constant is scale else o * scale).astype(v.dtype), state
+
+
+def _on_tpu7x() -> bool:
+    """Its compiler does not come to an end with the backward of `tpu_bfloat16`."""
+    try:
+        return pltpu.get_tpu_info().chip_version == pltpu.ChipVersion.TPU_7X
+    except ValueError:  # interpreted, on another platform
+        return False
 
 
 def _bfloat16(q, k, v, beta, g, initial_state, scale):

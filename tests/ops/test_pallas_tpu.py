@@ -53,7 +53,7 @@ def test_float32(batch, length, steps, heads, value_heads, key_dim, value_dim, g
         (4, 1, 2, None, 0.5),
         (1, 1, 2, "channel", 0.5),
         (1, 2, 4, "scalar", 0.5),  # from here in pairs of heads
-        (4, 4, 4, None, 0.5),
+        (2, 4, 4, None, 0.5),
         (2, 4, 4, "strong", 0.95),
     ],
 )
@@ -72,7 +72,8 @@ def test_pairs_of_heads_with_segments():
     ("served", "steps", "heads", "value_heads", "dim", "gate", "dtype"),
     [
         (True, 1, 16, 16, 128, 3, "bfloat16"),
-        (True, 4, 2, 4, 64, None, "bfloat16"),
+        (True, 2, 2, 4, 64, None, "bfloat16"),
+        (False, 4, 2, 4, 64, None, "bfloat16"),
         (True, 2, 4, 4, 256, 3, "bfloat16"),
         (False, 1, 16, 16, 128, 3, "float32"),
         (False, 1, 16, 16, 128, 4, "bfloat16"),
