@@ -1,13 +1,13 @@
 """Estimated cycles of the delta product's TPU kernels, by the static profile of libtpu's compiler; needs no TPU.
 
     pip install libtpu==0.0.52
-    python -m benchmarks.tpu_cycles [--generations=v5e,v6e,tpu7x] [--steps=1,4] [--csv=benchmarks/results/tpu_cycles.csv]
+    python -m benchmarks.tpu_cycles [--generations=v5e,v6e,tpu7x] [--steps=1,2,4] [--csv=benchmarks/results/tpu_cycles.csv]
 
 B1, T8192, H16, K = V = 128, bfloat16, scalar gate. Every figure is a slope between two short lengths times T, because
 the cycles of a Pallas call are linear in its grid. "kernels" are the Pallas calls, "xla" everything that XLA does around
-them. "no estimate": the profiler gave up on a program. The bound is the larger of each array once through HBM at the
-datasheet's bandwidth, and of the products that R steps need at chunks of 64 rows, padded to the array (8 of
-64 x 128 x 128 forward, 28 with the backward, per chunk and head).
+them. "no estimate": the profiler gave up on a program; "out of VMEM": the compiler did. The bound is the larger of each
+array once through HBM at the datasheet's bandwidth, and of the products that R steps need at chunks of 64 rows, padded to
+the array (8 of 64 x 128 x 128 forward, 28 with the backward, per chunk and head).
 """
 
 import collections
@@ -38,8 +38,10 @@ FIELDS = (
     "ratio_to_bound",
 )
 
+UNKNOWN = ("kernels", "xla", "cycles_per_token_and_head", "ratio_to_bound")  # where there is no figure
+
 _GENERATIONS = flags.DEFINE_list("generations", list(TOPOLOGY), "of v5e, v6e, tpu7x")
-_STEPS = flags.DEFINE_list("steps", ["1", "4"], "R")
+_STEPS = flags.DEFINE_list("steps", ["1", "2", "4"], "R")
 
 PROGRAM = """
 import sys
@@ -86,6 +88,8 @@ def profile(generation: str, what: str, length: int, steps: int) -> dict[str, in
         command = [sys.executable, "-c", PROGRAM, TOPOLOGY[generation], what, *sizes]
         # The profiler may abort the process after it wrote what it had: what counts is what is there.
         done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+        if "in memory space vmem" in done.stderr:
+            raise MemoryError
         if "Traceback" in done.stderr:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         found: collections.Counter[str] = collections.Counter()
@@ -101,7 +105,6 @@ def profile(generation: str, what: str, length: int, steps: int) -> dict[str, in
 def measure(generation: str, what: str, steps: int) -> dict[str, str]:
     """One row of the table; cycles in thousands at the full length."""
     short, long = 256 // steps, 512 // steps
-    first, second = (profile(generation, what, length, steps) for length in (short, long))
     bytes_per_token = HEADS * ((2 + 2 * steps) * DIM * 2 + 2 * steps + 4)  # q, o, k, v, beta in bfloat16, the gate
     memory = LENGTH * bytes_per_token * (1 if what == "forward" else 3) / HBM_BYTES_PER_CYCLE[generation]
     products = LENGTH / 64 * HEADS * steps * (8 if what == "forward" else 28) * PRODUCT_CYCLES
@@ -112,8 +115,12 @@ def measure(generation: str, what: str, steps: int) -> dict[str, str]:
         "steps": str(steps),
         "bound": f"{bound / 1e3:.0f}",
     }
+    try:
+        first, second = (profile(generation, what, length, steps) for length in (short, long))
+    except MemoryError:
+        return row | dict.fromkeys(UNKNOWN, "out of VMEM")
     if first is None or second is None:
-        return row | dict.fromkeys(("kernels", "xla", "cycles_per_token_and_head", "ratio_to_bound"), "no estimate")
+        return row | dict.fromkeys(UNKNOWN, "no estimate")
     slope = {part: (second[part] - first[part]) / (long - short) * LENGTH for part in ("kernels", "xla")}
     total = sum(slope.values())
     return row | {
