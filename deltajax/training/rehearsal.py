@@ -4,6 +4,7 @@ XLA's TPU compiler (`pip install libtpu`) needs no TPU. What it says is an estim
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.experimental import serialize_executable, topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from deltajax import data
 from deltajax.errors import RunError
@@ -131,7 +133,8 @@ def rehearse(config: TrainConfig, devices: list[Any] | None = None) -> tuple[Rep
     platform = mesh.devices.flat[0].platform
     train: Any = step.train
     try:
-        compiled = train.trace(step.abstract, batch).lower(lowering_platforms=(platform,)).compile()
+        with _no_compilation_cache():
+            compiled = train.trace(step.abstract, batch).lower(lowering_platforms=(platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -155,6 +158,19 @@ def rehearse(config: TrainConfig, devices: list[Any] | None = None) -> tuple[Rep
         cycles=cycles,
         costly=[(n / cycles, source) for source, n in costs.most_common(8) if cycles],
     ), compiled
+
+
+@contextlib.contextmanager
+def _no_compilation_cache():
+    """A CPU program that came out of JAX's cache cannot be saved again: it loads with "Function ... not found" (jaxlib 0.12.0)."""
+    enabled = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def summarise(ops: list[hlo.Op]) -> tuple[dict[str, tuple[int, float]], collections.Counter[str]]:

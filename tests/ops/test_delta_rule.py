@@ -166,7 +166,7 @@ def test_every_default_exists():
         ({"segment_ids": np.zeros((2, 5))}, "segment_ids must be integers, got float"),
         ({"scale": np.ones(3)}, "scale must be one number"),
         ({"implementation": 3}, "3 is not one of"),
-        ({"implementation": "chunky"}, "'chunky' is not one of chunked, pallas_tpu, reference"),
+        ({"implementation": "chunky"}, "'chunky' is not one of chunked, pallas_gpu, pallas_tpu, reference"),
         ({"implementation": ()}, "empty sequence"),
     ],
 )

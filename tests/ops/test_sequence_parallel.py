@@ -70,7 +70,7 @@ def test_every_reason_is_listed():
     spec = jax.sharding.PartitionSpec(None, "x")
 
     def f(*x):
-        return delta_product(*x, implementation="pallas_tpu", sequence_axis="x")[0]
+        return delta_product(*x, implementation="pallas_gpu", sequence_axis="x")[0]
 
-    with pytest.raises(NotImplementedError, match="pallas_tpu: channel gates"):
+    with pytest.raises(NotImplementedError, match="pallas_gpu: q, k and v must be bfloat16"):
         jax.shard_map(f, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec)(q, k, v, beta, g)
