@@ -162,7 +162,7 @@ def rehearse(config: TrainConfig, devices: list[Any] | None = None) -> tuple[Rep
 
 @contextlib.contextmanager
 def _no_compilation_cache():
-    """A CPU program that came out of JAX's cache cannot be saved again: it loads with "Function ... not found" (jaxlib 0.12.0)."""
+    """A CPU program from JAX's cache cannot be saved again: it would load with "Function ... not found" (jaxlib 0.12.0)."""
     enabled = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)
