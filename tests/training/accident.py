@@ -1,6 +1,7 @@
 """The training command line with an accident at an exact moment: `accident.py WHAT STEP <flags of deltajax.train>`.
 
-WHAT: `kill` and `interrupt`, `terminate` (SIGKILL, SIGINT, SIGTERM) when the row of STEP is written; `kill_in_save` and
+WHAT: `kill` and `interrupt`, `terminate` (SIGKILL, SIGINT, SIGTERM) when the row of STEP is written; `kill_saved`, the same as
+`kill` once the save of the step before it has ended; `kill_in_save` and
 `kill_before_commit` (SIGKILL) when the checkpoint of STEP is being written and when it is about to get its final name;
 `full` (no file may grow past a few kB) from STEP on.
 """
@@ -9,11 +10,14 @@ import os
 import resource
 import signal
 import sys
+import time
+from pathlib import Path
 
 from deltajax import train
 from deltajax.training import checkpoint, metrics
 
 what, step = sys.argv[1], int(sys.argv[2])
+workdir = next((Path(flag.partition("=")[2]) for flag in sys.argv if flag.startswith("--workdir=")), Path())
 del sys.argv[1:3]
 
 
@@ -24,6 +28,8 @@ def now(at: int) -> None:
     if what == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
     else:
+        while what == "kill_saved" and not (workdir / "checkpoints" / str(step - 1)).exists():
+            time.sleep(0.05)
         number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(what, signal.SIGKILL)
         os.kill(os.getpid(), number)
 
