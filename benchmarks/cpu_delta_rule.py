@@ -7,6 +7,7 @@ and theirs, and the ratio is that of the minima. Prints a table and, with --csv,
 """
 
 import atexit
+import itertools
 import os
 import signal
 import subprocess
@@ -44,6 +45,7 @@ _PEER_PYTHON = flags.DEFINE_string(
     "peer_python", None, "a Python with torch and transformers; without it only ours is timed"
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 30, "timed rounds of each", lower_bound=1)
+_RUNS = flags.DEFINE_integer("runs", 5, "times that all of it is done: the ratios of one run vary", lower_bound=1)
 _SHAPE = flags.DEFINE_list("shape", ["1", "2048", "8", "64"], "B,T,H,K (V = K)")
 
 
@@ -99,21 +101,21 @@ def main(_):
     if _PEER_PYTHON.value:
         sides["transformers"] = peer(_PEER_PYTHON.value, *shape)
     rows: list[dict[str, object]] = []
-    for what in ("forward", "forward+backward"):
+    for run, what in itertools.product(range(_RUNS.value), ("forward", "forward+backward")):
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(_ROUNDS.value + 2):
-            for name, run in sides.items():
-                times[name].append(run(what))
+            for name, side in sides.items():
+                times[name].append(side(what))
         best = {name: 1e3 * np.min(t[2:]) for name, t in times.items()}
         median = {name: 1e3 * np.median(t[2:]) for name, t in times.items()}
         ratio = best["transformers"] / best["deltajax"] if "transformers" in best else float("nan")
         for name in sides:
             figures = {"min_ms": best[name], "median_ms": median[name], "ratio_of_minima": ratio}
-            about = {"pass": what, "library": name, **dict(zip("BTHK", shape, strict=True))}
+            about = {"run": run, "pass": what, "library": name, **dict(zip("BTHK", shape, strict=True))}
             rows.append({**about, **{field: f"{x:.2f}" for field, x in figures.items()}})
     lines: list[list[object]] = [list(rows[0]), *(list(row.values()) for row in rows)]
     for line in lines:
-        print("".join(f"{x!s:>18}" for x in line))
+        print("".join(f"{x!s:>17}" for x in line))
     table.write(rows, table.cpu())
 
 

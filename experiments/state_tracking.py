@@ -9,7 +9,7 @@ from deltajax.models import lm
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
 from deltajax.training.reports import Claim, Curves, Report, Table
 
-STEPS = {"S3": 1000, "S4": 400, "A5": 400, "S5": 400}
+STEPS = {"S3": 1000, "S4": 400, "A5": 400, "S5": 1000}
 
 
 def get_config(

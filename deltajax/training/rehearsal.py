@@ -212,6 +212,7 @@ def save(compiled: Any, config: TrainConfig, path: Path) -> None:
         "program": payload,
         "trees": (inputs, outputs),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(contents))
 
 

@@ -1,14 +1,11 @@
-"""The delta-skipping matrix product: numbers and races in interpret mode, what it skips; compiles where libtpu is installed."""
-
-import os
-import subprocess
-import sys
+"""The delta-skipping matrix product: numbers and races in interpret mode, what it skips; compiles for real TPUs."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import run_program
 
 from pallas_kernels.delta_matmul import delta_matmul
 
@@ -100,16 +97,8 @@ for dtype in ("float32", "bfloat16"):
 """
 
 
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_ahead_of_time(topology):
-    """Through the real Mosaic and TPU compilers: `pip install libtpu`, which the default install does not have."""
-    pytest.importorskip("libtpu")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "TPU_LOG_DIR": "disabled",
-    }
-    command = [sys.executable, "-c", COMPILE, topology]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Through the real Mosaic and TPU compilers."""
+    run_program(COMPILE, topology)

@@ -1,9 +1,6 @@
-"""The TPU kernels: numbers and races in interpret mode; compiles for real TPUs where libtpu is installed."""
+"""The TPU kernels: numbers and races in interpret mode; compiles for real TPUs."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +10,7 @@ import pytest
 from delta_rule_cases import NAMES, compare, draw
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place that tells of races
 from jax.experimental.pallas import tpu as pltpu
+from tpu_compiler import run_program
 
 from benchmarks import tpu_cycles
 from deltajax.ops import delta_product
@@ -169,15 +167,7 @@ for number, (steps, heads, value_heads, dim, gate, dtype) in enumerate((
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_ahead_of_time(topology):
     """Through the real Mosaic and TPU compilers."""
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "TPU_LOG_DIR": "disabled",
-    }
-    command = [sys.executable, "-c", COMPILE, topology]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_program(COMPILE, topology)
 
 
 @pytest.mark.tpu_compile

@@ -28,7 +28,9 @@ def now(at: int) -> None:
     if what == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
     else:
+        deadline = time.monotonic() + 60
         while what == "kill_saved" and not (workdir / "checkpoints" / str(step - 1)).exists():
+            assert time.monotonic() < deadline, f"the checkpoint of step {step - 1} was not saved"
             time.sleep(0.05)
         number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(what, signal.SIGKILL)
         os.kill(os.getpid(), number)
