@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_bfloat16
+from pallas_kernels.manual_axes import results
 
 ROWS = 64  # rows of a chunk, at most
 HEADS = 16  # value heads of a block
@@ -181,7 +182,7 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
         grid=(batch, -(-heads // value_block), chunks),
         in_specs=[layouts[layout] for layout in inputs],
         out_specs=[layouts[layout] for layout, *_ in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs],
+        out_shape=results(inputs.values(), [x[1:] for x in outputs]),
         scratch_shapes=[pltpu.VMEM((value_block, key_dim, value_dim), jnp.float32)] * state,
         compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT),
         name=f"delta_product_{name}",

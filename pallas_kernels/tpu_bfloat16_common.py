@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.manual_axes import results
+
 ROWS = 64  # of keys and values in a chunk
 LANES = 2 * ROWS
 BASE = 8  # rows of the diagonal blocks that are inverted by substitution: a tile of float32
@@ -357,7 +359,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False):
         grid=(n.batch, n.heads // n.nh, n.chunks),
         in_specs=[layouts[layout] for layout in inputs],
         out_specs=[layouts[layout] for layout, *_ in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in outputs],
+        out_shape=results(inputs.values(), [x[1:] for x in outputs]),
         scratch_shapes=[
             pltpu.VMEM((n.nh, n.key_dim, n.value_dim), F32),
             *(pltpu.VMEM((heads, rows // 2, dim), jnp.int32) for _, rows, heads, dim in blocks),

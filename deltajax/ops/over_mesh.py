@@ -36,7 +36,7 @@ def over_mesh(f: Callable, layouts: tuple[str, ...], out: str, *, check_vma: boo
       layouts: of each array, a character per axis: B, T and H are batch, tokens and heads, others stay whole. An array may be
         None. A logical axis is spread only if its devices divide the size wherever it occurs.
       out: layout of the result.
-      check_vma: as in `jax.shard_map`; Pallas calls need False.
+      check_vma: as in `jax.shard_map`; GPU kernels need False.
     """
 
     def mapped(*arrays: Array | None) -> Any:

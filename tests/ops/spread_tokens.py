@@ -30,8 +30,7 @@ def evaluate(arguments, ids, implementation, devices):
         mesh = jax.make_mesh((devices,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
         tokens = P(None, "sequence")
         specs = {name: P() if name == "initial_state" else tokens for name in names}
-        kernels = implementation == "pallas_tpu"
-        f = jax.shard_map(f, mesh=mesh, in_specs=(specs, tokens), out_specs=(tokens, P()), check_vma=not kernels)
+        f = jax.shard_map(f, mesh=mesh, in_specs=(specs, tokens), out_specs=(tokens, P()))
     rng = np.random.default_rng(9)
     shapes = (arguments["v"][:, :, 0].shape, arguments["initial_state"].shape)
     weights = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]

@@ -1,6 +1,10 @@
 """The TPU kernels: numbers and races in interpret mode; compiles for real TPUs."""
 
 import csv
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -119,6 +123,19 @@ def test_under_vmap(monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+def test_inside_shard_map():
+    """Batch and heads over four devices: each does its part, and only the gradient of what all of them share is summed."""
+    cases = [(2, 2, 4, 8, "scalar", "float32"), (1, 4, 8, 64, "scalar", "bfloat16")]
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, str(Path(__file__).with_name("spread_heads.py")), json.dumps(cases)]
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for (*_, dtype), found in zip(cases, json.loads(ended.stdout), strict=True):
+        assert len(found["errors"]) == 9
+        assert max(found["errors"].values()) < (5e-6 if dtype == "float32" else 1e-2), found
+        assert found["collectives"] == [["f32[]", "all-reduce"]]  # of scale
+
+
 def test_float64_has_no_kernel():
     a = draw(7, 1, 9, 1, 1, 1, 8, 8, None, dtype="float64")
     with pytest.raises(NotImplementedError, match="pallas_tpu: the state must be float32, got float64"):
@@ -126,47 +143,55 @@ def test_float64_has_no_kernel():
 
 
 COMPILE = """
-import sys
+import itertools, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from deltajax.ops import delta_product
+from deltajax.training.hlo import COLLECTIVES
 
 devices = topologies.get_topology_desc(sys.argv[1], platform="tpu").devices
-mesh = Mesh(np.array(devices[:1]), ("x",))
-sharding = NamedSharding(mesh, PartitionSpec())
+mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "tensor"))
 for number, (steps, heads, value_heads, dim, gate, dtype) in enumerate((
     (1, 2, 4, 64, 1, "float32"), (1, 4, 4, 128, 1, "bfloat16"), (2, 4, 4, 64, 0, "bfloat16"), (3, 1, 1, 40, 1, "float32"),
     (4, 2, 4, 128, 1, "bfloat16"), (1, 1, 1, 256, 1, "bfloat16"), (1, 2, 4, 128, 2, "bfloat16"), (3, 1, 1, 40, 2, "float32"),
 )):
-    shapes = [(1, 300, heads, dim), (1, 300, steps, heads, dim), (1, 300, steps, value_heads, dim), (1, 300, steps, value_heads)]
-    arguments = [jax.ShapeDtypeStruct(s, dtype, sharding=sharding) for s in shapes]
+    def array(*shape, dtype, heads_axis):
+        layout = ["data", *[None] * (heads_axis - 1), "tensor"]
+        shape = [size * (2 if axis else 1) for size, axis in itertools.zip_longest(shape, layout)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*layout)))
+
+    arguments = [
+        array(1, 300, heads, dim, dtype=dtype, heads_axis=2), array(1, 300, steps, heads, dim, dtype=dtype, heads_axis=3),
+        array(1, 300, steps, value_heads, dim, dtype=dtype, heads_axis=3),
+        array(1, 300, steps, value_heads, dtype=dtype, heads_axis=3),
+    ]
     if gate:
-        shape = (1, 300, value_heads, dim)[: 2 + gate]
-        arguments.append(jax.ShapeDtypeStruct(shape, "float32", sharding=sharding))
+        arguments.append(array(*(1, 300, value_heads, dim)[: 2 + gate], dtype="float32", heads_axis=2))
 
     def loss(*arguments):
         o, state = delta_product(*arguments, implementation="pallas_tpu")
         return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(state)
 
-    def texts():
-        gradient = jax.jit(jax.value_and_grad(jax.checkpoint(loss), argnums=range(len(arguments))))
-        yield gradient.trace(*arguments).lower(lowering_platforms=("tpu",)).compile().as_text()
-        if number == 0:
-            batched = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype, sharding=sharding) for x in arguments]
-            gradient = jax.jit(jax.vmap(jax.grad(loss)))
-            yield gradient.trace(*batched).lower(lowering_platforms=("tpu",)).compile().as_text()
+    def text(f):
+        specs = tuple(x.sharding.spec for x in arguments)
+        f = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=specs)
+        return jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",)).compile().as_text()
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        for text in texts():
-            assert text.count("delta_product_forward") and text.count("delta_product_backward")
+    gradient = jax.grad(jax.checkpoint(loss), argnums=range(len(arguments)))
+    texts = [text(gradient)]
+    if number == 0:  # every sequence by itself
+        texts.append(text(jax.vmap(lambda *x: tuple(y[0] for y in gradient(*(y[None] for y in x))))))
+    for text in texts:
+        assert text.count("delta_product_forward") and text.count("delta_product_backward")
+        assert not any(kind in text for kind in COLLECTIVES), text
 """
 
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_ahead_of_time(topology):
-    """Through the real Mosaic and TPU compilers."""
+    """Through the real Mosaic and TPU compilers, inside shard_map over batch and heads: no device waits for another."""
     run_program(COMPILE, topology)
 
 

@@ -175,9 +175,9 @@ def _candidates(implementation: str | Sequence[str] | None) -> Sequence[str]:
     return names
 
 
-def may_use_kernels(implementation: str | Sequence[str] | None) -> bool:
-    """Whether a Pallas kernel is among the implementations tried."""
-    return any(name.startswith("pallas") for name in _candidates(implementation))
+def knows_manual_axes(implementation: str | Sequence[str] | None) -> bool:
+    """Whether all implementations tried may stand in a `shard_map` with `check_vma`; GPU kernels do not say what varies."""
+    return "pallas_gpu" not in _candidates(implementation)
 
 
 _AXES = {
