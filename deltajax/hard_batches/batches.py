@@ -117,7 +117,7 @@ class _Share(BatchPolicy):
         count = int(self.delta * num_batches)
         if count == 0:
             raise ValueError(
-                f"delta must be at least 1 / {num_batches}, one of the {num_batches} batches, got {self.delta!r}"
+                f"delta must be at least 1 / {num_batches}, or a round of the {num_batches} batches is empty, got {self.delta!r}"
             )
         return count
 
@@ -149,7 +149,7 @@ class RandomBatches(_Share):
     """The control: equally many, drawn anew each round whatever their losses.
 
     Attributes:
-      seed: of the draws, in [0, 2**32).
+      seed: of the draws, >= 0.
     """
 
     seed: int = 0

@@ -42,7 +42,7 @@ class ExamplePolicy:
     """What the policies below share; by itself it is not used.
 
     Attributes:
-      seed: of orders and draws, in [0, 2**32).
+      seed: of orders and draws, >= 0.
     """
 
     seed: int = 0
@@ -244,17 +244,15 @@ class RhoLoss(ExamplePolicy):
         return state | {"excess": np.zeros(0, np.float32), "chosen": chosen, "pools": state["pools"] + 1}
 
     def _read(self, num_examples):
+        wanted = f"table must be a .npy file with a finite loss for each of the {num_examples} training examples"
         try:
-            table = np.load(Path(self.table).expanduser(), allow_pickle=False)
+            with open(Path(self.table).expanduser(), "rb") as file:
+                table = np.lib.format.read_array(file, allow_pickle=False)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(
-                f"table must be a .npy file with a loss for each of the {num_examples} training examples, as "
-                f"`python -m deltajax.score` writes it, got {self.table!r} ({reason})"
+                f"{wanted}, as `python -m deltajax.score` writes it, got {self.table!r} ({reason})"
             ) from None
-        if table.shape != (num_examples,) or not np.isfinite(table).all():
-            raise ValueError(
-                f"table must hold {num_examples} finite losses, one for each training example, got "
-                f"{self.table!r} with shape {table.shape}"
-            )
+        if table.shape != (num_examples,) or table.dtype.kind not in "fiu" or not np.isfinite(table).all():
+            raise ValueError(f"{wanted}, got {self.table!r} with {table.dtype} {table.shape}")
         return table.astype(np.float32)

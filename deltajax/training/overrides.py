@@ -120,7 +120,8 @@ def _unknown_key(where: str, key: str, node: Any, children: Mapping[str, Any]) -
     if not nearest:  # the right key in the wrong group
         below = [path for path, _ in leaves(node) if path.rsplit(".", 1)[-1] == key]
         hint = f"; did you mean {where[: -len(key)]}{below[0]}?" if below else ""
-    return f"--{where}: no such key{hint} (keys here: {', '.join(children)})"
+    there = ", ".join(children) or f"none, {type(node).__name__} has no settings"
+    return f"--{where}: no such key{hint} (keys here: {there})"
 
 
 def parse(text: str, hint: Any, given: str) -> Any:

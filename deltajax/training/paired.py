@@ -12,7 +12,12 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 REACH = ("updates to reach", "reached", "change in updates")
-COSTS = {"examples": "examples", "examples_scored": "scored only", "seconds": "seconds"}  # metric -> column
+COSTS = {
+    "updates": "updates",
+    "examples": "examples",
+    "examples_scored": "scored only",
+    "seconds": "seconds",
+}  # -> column
 DEFINITION = (
     f"Differences: mean over seeds of paired differences, with {CONFIDENCE:.0%} t intervals; bold where the interval excludes "
     "0. Updates to reach the baseline: the first evaluated update at which a run is at least as good as the best that the "
@@ -52,7 +57,7 @@ class Run:
 
     Attributes:
       curve: update -> the validation metric.
-      costs: examples trained on, examples only scored, seconds.
+      costs: updates, examples trained on, examples only scored, seconds.
     """
 
     curve: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -134,7 +139,7 @@ def _read(paired: Paired, rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, 
         if row["set"] == "validation" and row["metric"] == paired.metric:
             run.curve[int(row["step"])] = float(row["value"])
         elif row["metric"] in COSTS:
-            run.costs[row["metric"]] = float(row["value"])
+            run.costs.update({row["metric"]: float(row["value"]), "updates": float(row["step"])})
     return runs
 
 
@@ -183,5 +188,5 @@ def _chosen(row: Mapping[str, str], where: Mapping[str, Any]) -> bool:
 def _signed(difference: tuple[float, float], digits: int) -> str:
     """A difference with its interval, if there is one: a single value has none."""
     mean, half = difference
-    text = f"{mean:+.{digits}f} " + (f"± {half:.{digits}f}" if half < float("inf") else "(1 seed)")
+    text = f"{round(mean, digits) + 0.0:+.{digits}f} " + (f"± {half:.{digits}f}" if half < float("inf") else "(1 seed)")
     return f"**{text}**" if abs(mean) > half else text

@@ -200,7 +200,7 @@ def test_rho_loss(tmp_path):
         (lambda: HardBatches(delta=0.0), r"delta must be a number in \(0, 1\], got 0.0"),
         (lambda: HardBatches(delta=1.5), r"delta must be a number in \(0, 1\], got 1.5"),
         (lambda: EasyBatches(delta=float("nan")), "delta must be a number"),
-        (lambda: HardBatches(delta=0.1).init(9), "delta must be at least 1 / 9, one of the 9 batches, got 0.1"),
+        (lambda: HardBatches(delta=0.1).init(9), "delta must be at least 1 / 9, or a round of the 9 batches is empty, got 0.1"),
         (lambda: HardBatches().init(0), "num_batches must be >= 1, got 0: the data are fewer than one batch"),
         (lambda: HardBatches(composition="random"), "composition must be source or seeded, got 'random'"),
         (lambda: RandomBatches(seed=-1), "seed must be an integer >= 0, got -1"),
@@ -215,6 +215,25 @@ def test_rho_loss(tmp_path):
 def test_bad_input_is_named(build, message):
     with pytest.raises(ValueError, match=message) as error:
         build()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (np.zeros(8), r"with float64 \(8,\)"),
+        (np.full(9, np.nan), r"with float64 \(9,\)"),
+        (np.array(list("abcdefghi")), r"with <U1 \(9,\)"),
+        (np.array([None] * 9), "allow_pickle=False"),
+        (b"", "reading magic string"),
+        (b"PK\x03\x04 and more", "magic string is not correct"),  # as in a .npz file
+    ],
+)
+def test_bad_tables_of_irreducible_losses(content, reason, tmp_path):
+    path = tmp_path / "table.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(ValueError, match=f"table must be a .npy file with .* 9 .*{reason}") as error:
+        RhoLoss(table=str(path)).init(9, 4, 1)
     assert "\n" not in str(error.value)
 
 

@@ -25,7 +25,7 @@ def test_differences_and_updates(tmp_path):
     text = tabulate(Paired("", "", ("policy",), {"policy": "plain"}), table)
     half = 12.7062 * 0.1414214 / 2**0.5  # t quantile of one degree of freedom, deviation of 0.1 and 0.3
     assert f"| other | 0.8500 | +0.2000 ± {half:.4f} | 0.9000 |" in text
-    assert "| 15 | 2 of 2 | **-10 ± 0** | 0 | 0 | 2 | 2 |" in text
+    assert "| 15 | 2 of 2 | **-10 ± 0** | 3 | 0 | 0 | 2 | 2 |" in text
     assert "| plain | 0.6500 | baseline | 0.6500 | baseline | 25 | 2 of 2 | baseline |" in text
     assert "| worse | 0.1000 | **-0.5500 ±" not in text  # two seeds say little
     assert "| none | 0 of 2 |  |" in text
@@ -51,6 +51,9 @@ def test_interval_and_direction():
     mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (mean, half) == (3, pytest.approx(2.776445 * 1.581139 / 5**0.5, rel=1e-5))
     assert interval([1.0]) == (1.0, float("inf"))
+    near = [*rows("other", 0, {3: 0.49997}), *rows("other", 1, {3: 0.50001})]
+    table = [*rows("plain", 0, {3: 0.5}), *rows("plain", 1, {3: 0.5}), *near]
+    assert "| +0.0000 ± 0.0003 |" in tabulate(Paired("", "", ("policy",), {"policy": "plain"}), table)  # not -0.0000
     curve = {30: 0.2, 10: 0.9, 20: 0.5}
     assert (updates_to_reach(curve, 0.5, "low"), updates_to_reach(curve, 0.5, "high")) == (20, 10)
     assert updates_to_reach(curve, 0.1, "low") is None

@@ -1,22 +1,25 @@
 """Data selection in the trainer: plain training at delta = 1, exact resume, costs, every policy, losses by example."""
 
+import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from training_runs import HERE, TINY, losses, start
+from training_runs import HERE, TINY, losses, run_together, start
 
 from deltajax import data, score, train
 from deltajax.models import resnet
-from deltajax.training import loop, serialize
+from deltajax.training import loop, metrics, serialize
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import load_config
 from deltajax.training.step import gradients
 
 VISION = str(HERE / "tiny_vision.py")
+KEPT = {"step", "loss", "grad_norm", "validation_loss"}  # what several processes compute too, up to rounding
 
 
 def run(workdir: Path, *flags: str, config: str = VISION) -> int:
@@ -81,6 +84,27 @@ def test_killed_inside_a_round(hard, tmp_path):
     assert_same(tmp_path / "run", hard)
 
 
+def test_several_processes(hard, tmp_path):
+    """Two processes, one of them killed inside a round; then two, or one, go on: the batches and the table of one alone."""
+    ended = run_together(tmp_path / "two", [("kill", 0), ("kill_saved", 9)], config=VISION)
+    assert ended[1][0] == -signal.SIGKILL and ended[0][0], ended
+    assert Checkpoints(tmp_path / "two", read_only=True).steps()[-1] == 8  # rounds end after steps 5, 7, 9, 11
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    ended = run_together(tmp_path / "two", [("kill", 0), ("kill", 0)], config=VISION)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert run(tmp_path / "one") == 0
+    expected, table = metrics.read_rows(hard), final(hard)[1]["iterator"]
+    norms = sorted(row["grad_norm"] for row in expected[:5])
+    assert min(b / a for a, b in itertools.pairwise(norms)) > 1.01  # by which one batch is told from another
+    for workdir in (tmp_path / "two", tmp_path / "one"):
+        for row, wanted in zip(metrics.read_rows(workdir), expected, strict=True):
+            near = {k: pytest.approx(wanted[k], rel=1e-4) for k in KEPT & wanted.keys()}
+            assert {k: row[k] for k in KEPT & row.keys()} == near, wanted["step"]
+        found = final(workdir)[1]["iterator"]
+        assert found["state"].pop("losses")["values"] == pytest.approx(table["state"]["losses"]["values"], rel=1e-5)
+        assert found["state"] == {name: x for name, x in table["state"].items() if name != "losses"}
+
+
 def test_rivals_and_their_costs(hard, tmp_path):
     """Scored examples are counted; RHO-loss reads a table made from two halves."""
     halves = [f"--workdir={tmp_path / half}" for half in ("even", "odd")]
@@ -130,7 +154,7 @@ def test_language_models_select_too(tmp_path):
     [
         (["data.selection=hard_batch"], 2, "--config.data.selection=hard_batch: must be one of shuffled, in_order, hard_batches"),
         (["data.selection.delta=0"], 2, "--config.data.selection.delta=0: delta must be a number in (0, 1], got 0.0"),
-        (["data.selection.delta=0.1"], 2, "delta must be at least 1 / 5, one of the 5 batches, got 0.1"),
+        (["data.selection.delta=0.1"], 2, "delta must be at least 1 / 5, or a round of the 5 batches is empty, got 0.1"),
         (["data.batch_size=2000"], 2, "batch_size must be at most the 1437 examples of the training set, got 2000"),
         (["data.selection=shuffled", "data.selection.delta=0.1"], 2, "--config.data.selection.delta: no such key"),
         (["optimizer.learning_rate=1e10", "optimizer.weight_decay=1e30"], 1, "rank it by, got nan; no checkpoint was saved yet"),

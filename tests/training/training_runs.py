@@ -45,7 +45,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_together(workdir: Path, accidents: list[tuple[str, int]], *arguments: str) -> list[tuple[int, str, str]]:
+def run_together(
+    workdir: Path, accidents: list[tuple[str, int]], *arguments: str, config: str = TINY
+) -> list[tuple[int, str, str]]:
     """One process per accident (step 0: none); (exit code, stdout, stderr) of each."""
     port = free_port()
     processes = [
@@ -56,7 +58,7 @@ def run_together(workdir: Path, accidents: list[tuple[str, int]], *arguments: st
                     str(HERE / "accident.py"),
                     what,
                     str(step),
-                    f"--config={TINY}",
+                    f"--config={config}",
                     f"--workdir={workdir}",
                 ),
                 *(f"--coordinator=localhost:{port}", f"--num_processes={len(accidents)}", f"--process_id={index}"),
