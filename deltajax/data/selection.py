@@ -1,4 +1,26 @@
-"""Batches that a policy of `hard_batches` chooses, from the losses that the trainer gives back."""
+"""Batches that a policy of `hard_batches` chooses, from the losses that the trainer gives back.
+
+`deltajax.train` does so by itself. In a loop of one's own, here softmax regression on the digits for E N = 3 * 5 updates:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from deltajax.data import vision
+    >>> from deltajax.hard_batches import HardBatches
+    >>> @jax.jit
+    ... def step(w, batch):
+    ...     def loss(w):
+    ...         scores = jax.nn.log_softmax(batch["images"].reshape(256, 64) @ w)
+    ...         return -scores[jnp.arange(256), batch["targets"]].mean()
+    ...     value, gradient = jax.value_and_grad(loss)(w)
+    ...     return w - 0.5 * gradient, value
+    >>> dataset = vision.load(vision.Config(batch_size=256, selection=HardBatches(delta=0.5)))
+    >>> batches, w = dataset.train_iterator(), jnp.zeros((64, 10))
+    >>> for _ in range(3 * 5):
+    ...     w, loss = step(w, next(batches))
+    ...     batches.observe(lambda loss=loss: float(loss))  # the loss before the update, read when the round ends
+    >>> state = batches.get_state()  # JSON: after a restart `set_state(state)` goes on from here
+    >>> state["step"], [bool(loss < 1) for loss in state["state"]["losses"]["values"]]
+    (15, [True, True, True, True, True])
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any

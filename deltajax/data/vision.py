@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, SupportsIndex
@@ -227,9 +228,9 @@ def _read(config: Config) -> tuple[Arrays, Arrays]:
             )
     wanted = {*archive.train, *archive.test}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:gz") as tar:
             members = dict(_members(tar, wanted))
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"folder: {path} is damaged: {error}") from None
     missing = sorted(wanted - members.keys())
     if missing:

@@ -188,6 +188,7 @@ class Run:
     def finish(self) -> None:
         """Plot, sample and summary; the summary is written last and marks the run as complete."""
         self.checkpoints.wait()
+        self.iterator.get_state()  # which reads the losses of a round that the run's end cut short: all must be numbers
         if not distributed.on_first(self._is_evaluated):
             self._evaluate()  # the run was stopped between its last evaluation and what is now its last step
         scores = {name: self._score(name) for name in self.dataset.evaluations}

@@ -1,6 +1,7 @@
 """Batches that a policy chooses: the same on any number of processes and after a restart."""
 
 import concurrent.futures
+import doctest
 import itertools
 import json
 import threading
@@ -8,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 
+from deltajax.data import selection
 from deltajax.data.loader import Dataset
 from deltajax.data.selection import UnrankableLoss
 from deltajax.hard_batches import (
@@ -206,3 +208,8 @@ def test_a_state_of_something_else_is_refused():
         dataset(HardBatches(), size=17).train_iterator().set_state(state)
     with pytest.raises(ValueError, match="made with Shuffled, not HardBatches"):
         dataset(HardBatches()).train_iterator().set_state({"next_index": 3})
+
+
+def test_example_for_a_loop_of_ones_own():
+    failed, tried = doctest.testmod(selection)
+    assert (failed, tried > 8) == (0, True)

@@ -19,6 +19,7 @@ from deltajax.training.config import load_config
 from deltajax.training.step import gradients
 
 VISION = str(HERE / "tiny_vision.py")
+DIVERGES = ("optimizer.learning_rate=1e10", "optimizer.weight_decay=1e30")
 KEPT = {"step", "loss", "grad_norm", "validation_loss"}  # what several processes compute too, up to rounding
 
 
@@ -157,7 +158,8 @@ def test_language_models_select_too(tmp_path):
         (["data.selection.delta=0.1"], 2, "delta must be at least 1 / 5, or a round of the 5 batches is empty, got 0.1"),
         (["data.batch_size=2000"], 2, "batch_size must be at most the 1437 examples of the training set, got 2000"),
         (["data.selection=shuffled", "data.selection.delta=0.1"], 2, "--config.data.selection.delta: no such key"),
-        (["optimizer.learning_rate=1e10", "optimizer.weight_decay=1e30"], 1, "rank it by, got nan; no checkpoint was saved yet"),
+        ([*DIVERGES, "steps=12"], 1, "rank it by, got nan; no checkpoint was saved yet"),
+        ([*DIVERGES, "steps=2"], 1, "rank it by, got nan; no checkpoint was saved yet"),  # before the round ends
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line(flags, code, message, tmp_path, capfd):
