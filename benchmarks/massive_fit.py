@@ -21,7 +21,8 @@ from deltajax.massive_activations.fit import PARAMETERS, fit_trajectories
 STEPS = np.array([0, *(2**i for i in range(10)), *range(1000, 143001, 1000)], np.float64)
 NOISE = 0.05
 
-_COUNT = flags.DEFINE_integer("count", 1000, "trajectories", lower_bound=1)
+_COUNT = flags.DEFINE_integer("count", 1000, "trajectories of each seed", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "independent draws of them", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +78,12 @@ def figures(draws: Draws) -> dict[str, float]:
 
 def main(_):
     """Print and write the table."""
-    found = figures(draw(_COUNT.value))
-    for name, value in found.items():
-        print(f"{name:<50}{value:>8.3f}")
-    rows = [{"figure": name, "value": f"{value:.3f}", "trajectories": _COUNT.value} for name, value in found.items()]
+    found = [figures(draw(_COUNT.value, seed)) for seed in range(_SEEDS.value)]
+    rows = []
+    for name in found[0]:
+        values = {f"seed {seed}": f"{of_seed[name]:.3f}" for seed, of_seed in enumerate(found)}
+        print(f"{name:<50}" + "".join(f"{value:>8}" for value in values.values()))
+        rows.append({"figure": name, **values, "trajectories": _COUNT.value})
     table.write(rows, table.cpu())
 
 

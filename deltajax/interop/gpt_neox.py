@@ -1,6 +1,6 @@
 """GPT-NeoX weights (Pythia's) between Hugging Face's safetensors directories and our parameters.
 
-params, config = load("pythia-160m-step1000")        # config.json, model.safetensors or its shards; float16 or float32
+params, config = load("pythia-160m-step1000")        # config.json, model.safetensors or its shards
 save(params, config, "mine")                         # transformers reads it
 """
 
@@ -46,7 +46,7 @@ _FUSED = "gpt_neox.layers.{}.attention.query_key_value.{}"  # rows: per head its
 
 
 def load(directory: str | Path) -> tuple[dict, gpt_neox.Config]:
-    """(parameters in float32, config) of a directory as transformers writes it.
+    """(parameters in float32, config) of a directory as transformers writes it, in float32, float16 or bfloat16.
 
     Raises:
       FileNotFoundError: no such directory, or no config.json or weights in it.

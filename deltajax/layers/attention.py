@@ -20,7 +20,7 @@ from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, init_params
 from deltajax.ops.activation_statistics import first_token_share
 from deltajax.ops.over_mesh import over_mesh, spread_over, tokens_before
-from deltajax.ops.segments import number_segments
+from deltajax.ops.segments import number_segments, segment_starts
 from deltajax.ops.taps import tag
 
 
@@ -38,8 +38,8 @@ class Config:
       bias: on all four projections.
       qk_norm: RMSNorm on each head's queries and keys.
       norm_eps: of these norms.
-      sink: what every query may attend to besides tokens: "kv", a learned key and value per key-value head; "one", a key and a
-        value of zeros, which adds 1 to the softmax' denominator; None.
+      sink: what every query may attend to besides tokens: "kv", a learned key and value per key-value head, which stand where the
+        document begins; "one", a key and a value of zeros, which adds 1 to the softmax' denominator; None.
       gated: multiply each head's output by sigmoid(x W).
     """
 
@@ -144,8 +144,13 @@ def apply(
         q = rms_norm(q, params["q_norm"], config.norm_eps)
         k = rms_norm(k, params["k_norm"], config.norm_eps)
     positions = jnp.arange(length, dtype=jnp.int32) + (0 if state is None else state["length"])
-    q, k = (rotary(y, positions, config.rope_base, config.rotary_dims) for y in (q, k))
     documents = None if segment_ids is None else number_segments(segment_ids)
+    angles = positions
+    if (
+        config.sink == "kv" and documents is not None
+    ):  # else a sink's score would tell where in the row a document stands
+        angles = positions - jax.lax.cummax(jnp.where(segment_starts(documents), positions, 0), axis=1)
+    q, k = (rotary(y, angles, config.rope_base, config.rotary_dims) for y in (q, k))
     sink = _sink(params, config, k.dtype)
     if state is None:
         _tag_first_token_share(q, k, config.window, documents, sink[0])
@@ -199,9 +204,7 @@ def _visible(positions, key_positions, window, documents=None, key_documents=Non
 def _tag_first_token_share(q, k, window, documents, sink_k):
     """Of no use to the layer itself: compiled only where somebody looks at it (`ops.taps`)."""
     positions = jnp.arange(q.shape[1], dtype=jnp.int32)
-    first = jnp.zeros(q.shape[:2], bool)
-    if documents is not None:
-        first = first.at[:, 1:].set(documents[:, 1:] != documents[:, :-1])
+    first = jnp.zeros(q.shape[:2], bool) if documents is None else segment_starts(documents)
     first = first.at[:, :1].set(True)
     visible = _visible(positions, positions, window, documents, documents)
     tag(first_token_share(q, k, visible, first, sink_k), "first_token_share")
@@ -258,14 +261,14 @@ def _append(state: dict, k: Array, v: Array, positions: Array) -> dict:
 
 
 def rotary(
-    x: Float[Array, "B T H K"], positions: Int[Array, "T"], base: float, dims: int | None = None
+    x: Float[Array, "B T H K"], positions: Int[Array, "T"] | Int[Array, "B T"], base: float, dims: int | None = None
 ) -> Float[Array, "B T H K"]:
     """Rotary position embedding (arXiv 2104.09864, eq. 15) of the first `dims` dimensions, pairing i with i + dims / 2."""
     dims = x.shape[-1] if dims is None else dims
     half = dims // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     a, b = x[..., :half].astype(jnp.float32), x[..., half:dims].astype(jnp.float32)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return rotated if dims == x.shape[-1] else jnp.concatenate([rotated, x[..., dims:]], axis=-1)

@@ -101,3 +101,27 @@ def of_name(name: str) -> Architecture:
     if not match or match[1] not in gpt_neox.PYTHIA:
         raise ValueError(f"model {name!r}: is not one of Pythia's ({', '.join(gpt_neox.PYTHIA)})")
     return of_config(gpt_neox.pythia(match[1]))
+
+
+def parse(flag: str, text: str) -> Architecture:
+    """Of what a flag says: a Pythia model's name, or fields as layers=4,d_model=64,...
+
+    Raises:
+      ValueError: it says neither; the flag is named.
+    """
+    if "=" not in text:
+        return of_name(text)
+    known = {field.name: field for field in dataclasses.fields(Architecture)}
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise ValueError(f"{flag}={text}: {name!r} is not one of {', '.join(known)}")
+        try:
+            given[name] = int(value) if known[name].type is int else float(value)
+        except ValueError:
+            raise ValueError(f"{flag}={text}: {value!r} is not a number") from None
+    missing = [n for n, field in known.items() if field.default is dataclasses.MISSING and n not in given]
+    if missing:
+        raise ValueError(f"{flag}={text}: {missing[0]} is missing")
+    return Architecture(**given)

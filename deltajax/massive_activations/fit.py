@@ -102,14 +102,17 @@ def fit_trajectories(steps: Float[np.ndarray, "T"], values: Float[np.ndarray, "L
 
 
 def check_steps(steps: Float[np.ndarray, "T"]) -> None:
-    """Refuse steps that are negative, not finite or out of order.
+    """Refuse steps that are negative, not finite, repeated or out of order.
 
     Raises:
-      ValueError: names the first such pair.
+      ValueError: names the first that is.
     """
     if not np.isfinite(steps).all() or (len(steps) and steps.min() < 0):
         raise ValueError(f"steps must be finite and >= 0, got {steps[~(np.isfinite(steps) & (steps >= 0))][0]}")
-    wrong = np.flatnonzero(np.diff(steps) <= 0)
+    known, counts = np.unique(steps, return_counts=True)
+    if len(known) < len(steps):
+        raise ValueError(f"step {known[counts > 1][0]:g} comes twice; rows of several models?")
+    wrong = np.flatnonzero(np.diff(steps) < 0)
     if len(wrong):
         raise ValueError(f"steps must increase, got {steps[wrong[0]]:g} before {steps[wrong[0] + 1]:g}")
 

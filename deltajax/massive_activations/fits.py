@@ -1,5 +1,7 @@
 """Tables of fitted parameters, a row per model and block: written from trajectories, read from ours and from other people's.
 
+    python -m deltajax.massive_activations.fits --trajectories=pythia-70m.csv,pythia-160m.csv --out=fits.csv
+
 A table of somebody else needs the columns model, layer (from 0), A, lambda, gamma, t0 and K, as published_fits.csv in
 docs/massive_activations, whose numbers we made up. Columns of other names are mapped ({"lambda": "lam"}). The architecture comes
 from the columns layers, d_model, num_heads, mlp_dim, rotary_base and rotary_fraction, or from a Pythia model's name.
@@ -7,13 +9,17 @@ from the columns layers, d_model, num_heads, mlp_dim, rotary_base and rotary_fra
 
 import csv
 import dataclasses
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 from jaxtyping import Float
 
-from deltajax.massive_activations import features
+from deltajax import cli
+from deltajax.massive_activations import features, tables, trajectories
 from deltajax.massive_activations.features import Architecture
 from deltajax.massive_activations.fit import PARAMETERS
 from deltajax.massive_activations.trajectories import Trajectories
@@ -47,16 +53,16 @@ class Table:
     left_out: Sequence[str] = ()
 
 
-def rows(trajectories: Trajectories, architecture: Architecture, statistic: str = "ratio") -> list[dict[str, object]]:
-    """A row per block, as COLUMNS.
+def rows(log: Trajectories, architecture: Architecture | None, statistic: str = "ratio") -> list[dict[str, object]]:
+    """A row per block, as COLUMNS; those of the architecture are empty where it is None.
 
     Parameters are those of the best curve, and their intervals are empty where the data leave them open. A block that cannot be
     fitted has its reason under `problem` and nothing else.
     """
     result: list[dict[str, object]] = []
-    for layer, fit in trajectories.fits(statistic).items():
-        row: dict[str, object] = {"model": trajectories.model, "layer": layer, "kind": fit.kind, "problem": fit.problem}
-        row |= {name: getattr(architecture, name) for name in ARCHITECTURE}
+    for layer, fit in log.fits(statistic).items():
+        row: dict[str, object] = {"model": log.model, "layer": layer, "kind": fit.kind, "problem": fit.problem}
+        row |= {} if architecture is None else dataclasses.asdict(architecture)
         if fit.score is not None:
             row |= {name: _text(value) for name, value in fit.parameters.items()}
             for name, estimate in fit.estimates.items():
@@ -78,10 +84,7 @@ def _text(value: float) -> str:
 
 def write(path: str | Path, table: Iterable[Mapping[str, object]]) -> None:
     """Rows of `rows`, of any number of models."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    tables.write(path, COLUMNS, table)
 
 
 def read(paths: Sequence[str | Path], columns: Mapping[str, str] | None = None) -> Table:
@@ -157,3 +160,48 @@ def _architecture(row: Mapping[str, str]) -> Architecture:
     if absent:
         raise ValueError(f"{absent[0]} of {row['model']} is missing")
     return Architecture(**{name: int(x) if name in required else float(x) for name, x in given.items()})  # type: ignore[arg-type]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    values = cli.flag_values()
+    flags.DEFINE_list("trajectories", [], "tables of trajectories, one per model", flag_values=values)
+    flags.DEFINE_enum("statistic", "ratio", trajectories.STATISTICS, "what is fitted", flag_values=values)
+    flags.DEFINE_string(
+        "architecture",
+        None,
+        "of these models: a Pythia size, or layers=,d_model=,...; default: by their names, where they are Pythia's",
+        flag_values=values,
+    )
+    flags.DEFINE_string("out", "fits.csv", "the table", flag_values=values)
+
+    def action(_: dict[str, str]) -> None:
+        if not values.trajectories:
+            raise ValueError("--trajectories: tables of trajectories are missing")
+        given = values.architecture and features.parse("--architecture", values.architecture)
+        logs = [trajectories.read(path) for path in values.trajectories]
+        for path, log in zip(values.trajectories, logs, strict=True):
+            if values.statistic not in log.values:
+                raise ValueError(f"{path}: column {values.statistic} is missing")
+        twice = [model for model, count in Counter(log.model for log in logs).items() if count > 1]
+        if twice:
+            raise ValueError(f"--trajectories: two tables are of a model {twice[0]!r}")
+        found = [row for log in logs for row in rows(log, given or _of_name(log.model), values.statistic)]
+        write(values.out, found)
+        for row in found:
+            said = row["problem"] or f"{row['kind']}, R2 {row['r2']}"
+            print(f"{row['model']}, layer {row['layer']}: {said}")
+        print(f"{values.out}: {len(found)} blocks of {len(logs)} models")
+
+    return cli.run(action, values, __doc__ or "", argv)
+
+
+def _of_name(model: str) -> Architecture | None:
+    try:
+        return features.of_name(model)
+    except ValueError:  # a model of our own; a predictor will ask for it
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

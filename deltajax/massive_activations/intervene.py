@@ -1,15 +1,17 @@
 """Overwrite massive activations at one block of a trained model, and see what that does to its loss (arXiv 2402.17762).
 
     python -m deltajax.massive_activations.intervene --workdir=runs/mine --layer=2
+    python -m deltajax.massive_activations.intervene --checkpoint=pythia-410m --text=FILE
 
+The first takes a run of ours and its validation data, the second a GPT-NeoX directory of Hugging Face's and a text.
 The paper found of large models: setting them to zero destroys the model, setting them to their mean changes nothing: they are
 constants that the model needs.
 """
 
-import csv
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -19,6 +21,7 @@ from absl import flags
 from jaxtyping import Array, Bool, Float, Int
 
 from deltajax import cli
+from deltajax.massive_activations import tables
 from deltajax.ops import taps
 
 Mode = Literal["none", "zero", "mean", "neighbours"]
@@ -27,8 +30,14 @@ COLUMNS = ("model", "layer", "top", "mode", "loss", "change")
 
 
 def massive(x: Float[Array, "B ... D"], top: int) -> Bool[Array, "B ... D"]:
-    """The `top` values of largest magnitude of each sequence."""
+    """The `top` values of largest magnitude of each sequence.
+
+    Raises:
+      ValueError: a sequence has not so many.
+    """
     magnitude = jnp.abs(x.astype(jnp.float32)).reshape(x.shape[0], -1)
+    if top > magnitude.shape[1]:
+        raise ValueError(f"top must be at most {magnitude.shape[1]}, the values of a sequence, got {top}")
     least = jax.lax.top_k(magnitude, top)[0][:, -1:]
     return (magnitude >= least).reshape(x.shape)
 
@@ -131,30 +140,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     values = cli.flag_values()
     flags.DEFINE_string("workdir", None, "workdir of a training run", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "a GPT-NeoX directory in place of a run", flag_values=values)
+    flags.DEFINE_string("text", None, "text file to run it on", flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "'byte' or a tokenizer.json; default: the checkpoint's", flag_values=values)
+    flags.DEFINE_integer("length", 512, "tokens of each of its sequences", 1, flag_values=values)
     flags.DEFINE_integer("layer", None, "block, from 0; default: all of them", 0, flag_values=values)
     flags.DEFINE_integer("top", 5, "values per sequence that are overwritten", 1, flag_values=values)
-    flags.DEFINE_integer("batches", 10, "validation batches", 1, flag_values=values)
+    flags.DEFINE_integer("batches", 10, "validation batches of a run, or sequences of the text", 1, flag_values=values)
     flags.DEFINE_string("csv", None, "write the table to this file", flag_values=values)
 
     def action(_: dict[str, str]) -> None:
         from deltajax.massive_activations import trained  # here, so that Ctrl-C while it is imported is one line too
 
-        if not values.workdir:
-            raise ValueError("--workdir: the workdir of a training run is missing")
-        model = trained.load(values.workdir, values.batches)
-        blocks = taps.tags(model.sums, model.params, model.batches[0]).count("residual")
-        if values.layer is not None and values.layer >= blocks:
-            raise ValueError(f"--layer={values.layer}: the model has {blocks} blocks, 0 to {blocks - 1}")
-        layers = range(blocks) if values.layer is None else [values.layer]
+        if (values.workdir is None) == (values.checkpoint is None):
+            raise ValueError("give either --workdir or --checkpoint")
+        if values.workdir:
+            model = trained.load(values.workdir, values.batches)
+        elif not values.text:
+            raise ValueError("--text: a text file is missing")
+        else:
+            text = Path(values.text).read_bytes()
+            model = trained.load_directory(values.checkpoint, text, values.tokenizer, values.batches, values.length)
+        if values.layer is not None and values.layer >= model.blocks:
+            raise ValueError(f"--layer={values.layer}: the model has {model.blocks} blocks, 0 to {model.blocks - 1}")
+        layers = range(model.blocks) if values.layer is None else [values.layer]
         table = rows(model.name, losses(model.sums, model.params, model.batches, layers, values.top), values.top)
         width = max(len(model.name), 6) + 2
         for name, *cells in (COLUMNS, *(row.values() for row in table)):
             print(f"{name:<{width}}" + "".join(f"{cell!s:<12}" for cell in cells).rstrip())
         if values.csv:
-            with open(values.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(table)
+            tables.write(values.csv, COLUMNS, table)
 
     return cli.run(action, values, __doc__ or "", argv)
 

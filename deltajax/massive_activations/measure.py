@@ -1,7 +1,31 @@
-"""Activation statistics of any apply function that tags its residual stream (see `ops.taps`).
+"""Activation statistics of any apply function that tags its residual stream (see `ops.taps`), Flax modules included.
 
-measure = measurer(lambda params, tokens: gpt_neox.apply(params, config, tokens)[0])
-rows = measure(params, tokens)                                                            # rows["ratio"]: [layers]
+    def apply(params, x):                                                     # a function of yours; x: [B, T, 8]
+        for p in params:
+            x = tag(x + jnp.tanh(x @ p), "residual")
+        return x
+
+    rows = measurer(apply)(params, x)                                         # rows["ratio"]: [blocks]
+
+    class LinenBlock(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return tag(x + nn.Dense(8)(x), "residual")
+
+    module = nn.Sequential([LinenBlock(), LinenBlock()])
+    rows = measurer(module.apply)(module.init(key, x), x)
+
+    class NnxBlock(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+        def __call__(self, x):
+            return tag(x + self.dense(x), "residual")
+
+    graph, state = nnx.split(nnx.Sequential(NnxBlock(rngs), NnxBlock(rngs)))
+    rows = measurer(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+
+In a train step of your own, `ops.activation_statistics.with_statistics` gives them beside the function's result.
 """
 
 from collections.abc import Callable

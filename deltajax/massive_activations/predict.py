@@ -7,7 +7,6 @@ The paper splits rows at random, so blocks of one model stand on both sides. Bes
 question asked: every model predicted by what was learned from models of all other architectures.
 """
 
-import csv
 import dataclasses
 import sys
 import warnings
@@ -27,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, PowerTransformer, StandardScaler
 
 from deltajax import cli
-from deltajax.massive_activations import features, fits
+from deltajax.massive_activations import features, fits, tables
 from deltajax.massive_activations.fit import PARAMETERS
 from deltajax.massive_activations.fits import Table
 
@@ -240,26 +239,6 @@ def predict(
     }
 
 
-def _parse_architecture(text: str) -> features.Architecture:
-    """A Pythia model's name, or fields as name=value."""
-    if "=" not in text:
-        return features.of_name(text)
-    known = {field.name: field for field in dataclasses.fields(features.Architecture)}
-    given: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in known:
-            raise ValueError(f"--architecture={text}: {name!r} is not one of {', '.join(known)}")
-        try:
-            given[name] = int(value) if known[name].type is int else float(value)
-        except ValueError:
-            raise ValueError(f"--architecture={text}: {value!r} is not a number") from None
-    missing = [n for n, field in known.items() if field.default is dataclasses.MISSING and n not in given]
-    if missing:
-        raise ValueError(f"--architecture={text}: {missing[0]} is missing")
-    return features.Architecture(**given)
-
-
 def _parse_columns(texts: Sequence[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     wrong = [
@@ -289,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrong:
             hint = "; pip install 'deltajax[boosting]'" if wrong[0] == "xgboost" else ""
             raise ValueError(f"--estimators={wrong[0]}: must be among {', '.join(ESTIMATORS)}{hint}")
-        wanted = values.architecture and _parse_architecture(values.architecture)
+        wanted = values.architecture and features.parse("--architecture", values.architecture)
         table = fits.read(values.fits, _parse_columns(values.columns))
         print(f"{len(table.models)} blocks of {len(set(table.models))} models; {len(table.left_out)} rows left out")
         scores = evaluate(table, values.repeats, values.estimators)
@@ -311,12 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(path: str | Path, scores: Sequence[Score]) -> None:
     """Scores as a table of COLUMNS."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(
-            [s.parameter, s.split, s.estimator, f"{s.r2:.4f}", f"{s.lowest:.4f}", f"{s.highest:.4f}"] for s in scores
-        )
+    numbers = ("r2", "lowest", "highest")
+    rows = ({**dataclasses.asdict(s), **{name: f"{getattr(s, name):.4f}" for name in numbers}} for s in scores)
+    tables.write(path, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """One page of HTML on the massive activations of a run: `python -m deltajax.massive_activations.report --workdir=runs/mine`.
 
-Needs a run with probes (`--config.probes.every=N`). Trajectories with fits, their numbers, |h| over token and channel and what
-happens when massive values are overwritten, the last two from its last checkpoint; pictures are inside the page.
+From the log of its probes (`--config.probes.every=N`): trajectories with fits, and their numbers. From its last checkpoint: |h|
+over token and channel, and what happens when massive values are overwritten. A run that lacks one of them, because it was made
+without probes or stopped early, gets the other part. Pictures are inside the page.
 """
 
 import base64
@@ -43,21 +44,35 @@ def page(workdir: Path, batches: int = 10, top: int = 5) -> str:
       top: values per sequence that they overwrite.
 
     Raises:
-      FileNotFoundError, ValueError: no log of probes, or one that is no table.
-      RunError: no checkpoint, or one that cannot be read.
+      FileNotFoundError: neither a log of probes nor a checkpoint.
+      ValueError: a log that is no table, or a model without residual stream.
     """
+    from deltajax.errors import RunError
     from deltajax.massive_activations import trained, trajectories
 
-    log = trajectories.of_run(workdir)
-    model = trained.load(workdir, batches)
-    parts = [
-        f"<p>{type(model.config.model).__module__.rpartition('.')[2]}, {model.step} steps; "
-        f"{len(log.steps)} blocks, probed at {max(map(len, log.steps.values()))} steps.</p>",
-        _massive(log),
-        *_of_trajectories(log),
-        *_of_model(model, top),
-    ]
-    return _PAGE.format(title=f"Massive activations of {html.escape(log.model)}", body="\n".join(parts))
+    parts, no_log = [], None
+    try:
+        log = trajectories.of_run(workdir)
+    except FileNotFoundError as error:
+        no_log = error
+        parts.append(_lacking("Over training", error))
+    else:
+        probed = f"{len(log.steps)} blocks, probed at {max(map(len, log.steps.values()))} steps"
+        parts += [f"<p>{probed}.</p>", _massive(log), *_of_trajectories(log)]
+    try:
+        model = trained.load(workdir, batches)
+    except RunError as error:
+        if no_log is not None:
+            raise no_log from None
+        parts.append(_lacking("The model", error))
+    else:
+        kind = type(model.config).__module__.rpartition(".")[2]
+        parts += [f"<h2>The model</h2><p>{kind}, {model.step} steps.</p>", *_of_model(model, top)]
+    return _PAGE.format(title=f"Massive activations of {html.escape(workdir.resolve().name)}", body="\n".join(parts))
+
+
+def _lacking(title: str, error: Exception) -> str:
+    return f"<h2>{title}</h2><p>Nothing to show: {html.escape(str(error))}.</p>"
 
 
 def _massive(log: "Trajectories") -> str:
@@ -117,17 +132,15 @@ def _estimate(estimate: "Estimate", of_curve: float | None) -> str:
 
 def _of_model(model: "Trained", top: int) -> Iterable[str]:
     from deltajax.massive_activations import figures, intervene, surface
-    from deltajax.ops import taps
 
     layer, magnitude = surface.magnitudes(model.sums, model.params, model.batches[0])
     drawing, axes = figures.plt.subplots(figsize=(6.5, 4.5), subplot_kw={"projection": "3d"}, layout="constrained")
     figures.surface(axes, magnitude)
-    yield f"<h2>|h| after block {layer}</h2><p>Of the sequence of the validation text that holds the largest value</p>"
+    yield f"<h3>|h| after block {layer}</h3><p>Of the sequence of the validation text that holds the largest value</p>"
     yield _image(drawing)
-    blocks = taps.tags(model.sums, model.params, model.batches[0]).count("residual")
-    found = intervene.losses(model.sums, model.params, model.batches, range(blocks), top)
+    found = intervene.losses(model.sums, model.params, model.batches, range(model.blocks), top)
     yield (
-        f"<h2>Interventions</h2><p>Loss when the {top} largest values of each sequence are overwritten after one block. Large "
+        f"<h3>Interventions</h3><p>Loss when the {top} largest values of each sequence are overwritten after one block. Large "
         "models break when they are zero and do not care when they are their mean.</p>"
     )
     head = ["block", "untouched", "set to zero", "set to their mean", "neighbours to zero"]
@@ -160,7 +173,7 @@ def _image(drawing: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     values = cli.flag_values()
-    flags.DEFINE_string("workdir", None, "workdir of a training run with probes", flag_values=values)
+    flags.DEFINE_string("workdir", None, "workdir of a training run", flag_values=values)
     flags.DEFINE_string("out", None, "the page; default: massive_activations.html in the workdir", flag_values=values)
     flags.DEFINE_integer("batches", 10, "validation batches for the interventions", 1, flag_values=values)
     flags.DEFINE_integer("top", 5, "values per sequence that they overwrite", 1, flag_values=values)
@@ -170,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--workdir: the workdir of a training run is missing")
         out = Path(values.out or Path(values.workdir) / "massive_activations.html")
         text = page(Path(values.workdir), values.batches, values.top)
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
         print(out)
 

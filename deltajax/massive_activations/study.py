@@ -7,11 +7,10 @@ surface_<model>.csv, and, where there are enough models, scores.csv and importan
 `<out>_measures.csv` sums every run up in the columns of a sweep's table, for `deltajax.report`.
 """
 
-import csv
 import glob
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import numpy as np
 from absl import flags
 
 from deltajax import cli
-from deltajax.massive_activations import fits, predict, trajectories
+from deltajax.errors import RunError
+from deltajax.massive_activations import fits, predict, tables, trajectories
 from deltajax.massive_activations.fit import Fit
 from deltajax.massive_activations.trajectories import Trajectories
 
@@ -85,27 +85,29 @@ def run(patterns: Sequence[str], out: Path, surfaces: Sequence[str], family: str
 
     Raises:
       ValueError: a pattern names no run with probes, or a surface no model.
+      RunError: none of the runs has a checkpoint; some without are left out, which is said.
     """
     from deltajax.massive_activations import features, intervene, surface, trained
-    from deltajax.ops import taps
 
     workdirs = _workdirs(patterns)
     unknown = sorted(set(surfaces) - {name_of(path.name) for path in workdirs})
     if unknown:
         raise ValueError(f"--surfaces={unknown[0]}: no such model")
-    (out / "trajectories").mkdir(parents=True, exist_ok=True)
     of_fits: list[dict[str, object]] = []
     interventions: list[dict[str, object]] = []
     measures: list[dict[str, object]] = []
     for workdir in workdirs:
         name = name_of(workdir.name)
+        try:
+            model = trained.load(workdir, batches)
+        except RunError as error:
+            print(f"{name}: left out: {error}")
+            continue
         path = out / "trajectories" / f"{name}.csv"
         trajectories.write(path, name, trajectories.of_log(trajectories.of_run(workdir)))
         log = trajectories.read(path)
-        model = trained.load(workdir, batches)
-        of_fits += fits.rows(log, features.of_config(model.config.model))
-        blocks = taps.tags(model.sums, model.params, model.batches[0]).count("residual")
-        losses = intervene.losses(model.sums, model.params, model.batches, range(blocks), top)
+        of_fits += fits.rows(log, features.of_config(model.config))
+        losses = intervene.losses(model.sums, model.params, model.batches, range(model.blocks), top)
         interventions += intervene.rows(name, losses, top)
         whole = settings_of(workdir.name) | {"status": "complete", "step": str(model.step)}
         found = summary(log, log.fits(), losses)
@@ -114,10 +116,12 @@ def run(patterns: Sequence[str], out: Path, surfaces: Sequence[str], family: str
             layer, magnitude = surface.magnitudes(model.sums, model.params, model.batches[0])
             np.savetxt(out / f"surface_{name}.csv", magnitude, "%.3g", ",", header=f"block {layer}")
         print(f"{name}: ratio {found['ratio']:.3g}, R2 of the law {found.get('fit_r2', np.nan):.3f}", flush=True)
+    if not measures:
+        raise RunError(f"none of the {len(workdirs)} runs has a checkpoint that can be read")
     fits.write(out / "fits.csv", of_fits)
-    _write(out / "interventions.csv", intervene.COLUMNS, interventions)
+    tables.write(out / "interventions.csv", intervene.COLUMNS, interventions)
     settings = list(dict.fromkeys(key for row in measures for key in row if key not in MEASURES))
-    _write(out.with_name(f"{out.name}_measures.csv"), (*settings, *MEASURES), measures)
+    tables.write(out.with_name(f"{out.name}_measures.csv"), (*settings, *MEASURES), measures)
     _predict(out, [row for row in of_fits if re.fullmatch(family, str(row["model"]))])
 
 
@@ -150,14 +154,7 @@ def _predict(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
         if split == "leave one model out"
         for group, fall in predict.importance(table, name, score.estimator).items()
     ]
-    _write(out / "importance.csv", ("parameter", "estimator", "features", "fall"), importance)
-
-
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(out / "importance.csv", ("parameter", "estimator", "features", "fall"), importance)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """How activations change while a model trains, as one tidy table per model.
 
     python -m deltajax.massive_activations.trajectories --workdir=runs/mine --out=mine.csv
-    python -m deltajax.massive_activations.trajectories --checkpoints=DIR --text=FILE --out=pythia.csv
+    python -m deltajax.massive_activations.trajectories --checkpoints=pythia-70m --text=FILE --out=pythia-70m.csv
 
 The first takes what probes logged during one of our runs (`--config.probes.every`). The second runs every checkpoint of a folder
 on a text: directories in Hugging Face's GPT-NeoX layout whose names end in step<N>, as Pythia's revisions are called.
@@ -11,14 +11,14 @@ import csv
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
 
 from deltajax import cli
+from deltajax.massive_activations import tables
 from deltajax.massive_activations.fit import Fit, check_steps, fit_trajectories
 
 STATISTICS = ("top1", "top2", "top3", "median", "ratio", "kurtosis", "position", "channel", "first_token_share")
@@ -63,36 +63,36 @@ def read(path: str | Path) -> Trajectories:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: columns are missing, the rows are of several models, a number is none, or a step comes twice in a layer.
+      ValueError: columns or rows are missing, the rows are of several models, or a number is none.
     """
     path = Path(path)
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
-    missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
+        rows, columns = list(reader), reader.fieldnames or ()
+    missing = [name for name in _NEEDED if name not in columns]
     if missing:
         raise ValueError(f"{path}: column {missing[0]} is missing (needed: {', '.join(_NEEDED)})")
-    models = sorted({row["model"] for row in rows}) if "model" in (reader.fieldnames or ()) else [path.stem]
+    if rows and None in rows[-1].values():
+        rows.pop()  # a run that was killed, or is not done, may leave its last line unfinished
+    if not rows:
+        raise ValueError(f"{path}: holds no rows")
+    models = sorted({str(row["model"]) for row in rows}) if "model" in columns else [path.stem]
     if len(models) > 1:
         raise ValueError(f"{path}: rows of {len(models)} models ({', '.join(models[:3])}); a table holds one")
     steps: dict[int, list[float]] = {}
-    values: dict[str, dict[int, list[float]]] = {name: {} for name in STATISTICS if name in (reader.fieldnames or ())}
+    values: dict[str, dict[int, list[float]]] = {name: {} for name in STATISTICS if name in columns}
     for number, row in enumerate(rows, 2):
         try:
             layer, step = int(row["layer"]), float(row["step"])
             for name, of_layer in values.items():
-                of_layer.setdefault(layer, []).append(float(row[name]) if row[name] else np.nan)
+                of_layer.setdefault(layer, []).append(np.nan if row[name] == "" else float(row[name]))
         except (TypeError, ValueError):
             raise ValueError(
                 f"{path}: line {number}: {','.join(str(v) for v in row.values())} is not made of numbers"
             ) from None
-        if step in steps.get(layer, ()):
-            raise ValueError(
-                f"{path}: line {number}: step {step:g} of layer {layer} comes twice; rows of several models?"
-            )
         steps.setdefault(layer, []).append(step)
     return Trajectories(
-        models[0] if models else path.stem,
+        models[0],
         {layer: np.array(x) for layer, x in sorted(steps.items())},
         {name: {layer: np.array(x) for layer, x in sorted(of.items())} for name, of in values.items()},
     )
@@ -101,15 +101,16 @@ def read(path: str | Path) -> Trajectories:
 def write(path: str | Path, model: str, rows: Iterator[tuple[int, Mapping[str, np.ndarray]]]) -> int:
     """A table from (step, statistics [layers]) pairs, written as they come; the number of pairs."""
     count = 0
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
+
+    def lines() -> Iterator[dict[str, object]]:
+        nonlocal count
         for step, statistics in rows:
+            count += 1
             for layer in range(len(statistics["ratio"])):
                 cells = {name: f"{x[layer]:.7g}" for name, x in statistics.items() if not np.isnan(x[layer])}
-                writer.writerow({"model": model, "step": step, "layer": layer, **cells})
-            file.flush()
-            count += 1
+                yield {"model": model, "step": step, "layer": layer, **cells}
+
+    tables.write(path, COLUMNS, lines())
     return count
 
 
@@ -163,34 +164,23 @@ def of_checkpoints(
       tokenizer: see `data.load_tokenizer`; None: tokenizer.json of the first checkpoint.
 
     Raises:
-      FileNotFoundError, ValueError: as `interop.gpt_neox.load`; the text is too short, or its tokens too many for a model.
+      FileNotFoundError, ValueError: as `interop.gpt_neox.load` and `trained.read_tokens`; the checkpoints are of several models.
     """
-    from deltajax import data  # here, so that Ctrl-C while JAX is imported is one line too
-    from deltajax.interop import gpt_neox as interop
-
-    paths = steps_of(folder)
-    name = tokenizer or str(next(iter(paths.values())) / "tokenizer.json")
-    tokens = data.load_tokenizer(name).encode(text)[1:]  # the paper's sequences begin within a text
-    if len(tokens) < sequences * length:
-        raise ValueError(f"text: {len(tokens)} tokens are fewer than {sequences} sequences of {length}")
-    tokens = tokens[: sequences * length].reshape(sequences, length)
-    measure = measured = None
-    for step, path in paths.items():
-        params, config = interop.load(path)
-        if tokens.max() >= config.vocab_size:
-            raise ValueError(f"{path}: token {tokens.max()} is not below its vocab_size = {config.vocab_size}")
-        if measure is None or config != measured:
-            measured, measure = config, _measurer(config, tokens)
-        yield step, measure(params)
-
-
-def _measurer(config: Any, tokens: np.ndarray) -> Callable[[Any], dict[str, np.ndarray]]:
-    import jax.numpy as jnp
-
+    from deltajax.interop import gpt_neox as interop  # here, so that Ctrl-C while JAX is imported is one line too
+    from deltajax.massive_activations import trained
     from deltajax.massive_activations.measure import measurer
     from deltajax.models import gpt_neox
 
-    return measurer(lambda params: gpt_neox.apply(params, config, jnp.asarray(tokens))[0])
+    paths = steps_of(folder)
+    first, *others = paths.values()
+    config = interop.read_config(first)
+    for path in others:
+        if interop.read_config(path) != config:
+            raise ValueError(f"{path}: its config.json is of another model than that of {first}")
+    tokens = trained.read_tokens(text, tokenizer, first, sequences, length, config.vocab_size)
+    measure = measurer(lambda params, tokens: gpt_neox.apply(params, config, tokens)[0])
+    for step, path in paths.items():
+        yield step, measure(interop.load(path)[0], tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -195,7 +195,7 @@ def apply(
     """Logits for the token after each one, in float32; with a state, the tokens continue it and it is returned advanced.
 
     Args:
-      params: from `init`, or `interop.pythia.load`.
+      params: from `init`, or `interop.gpt_neox.load`.
       config: static under jit.
       tokens: in [0, vocab_size).
       segment_ids: packed documents; each is processed as if it stood alone. Excludes a state.

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -96,6 +97,13 @@ def test_wrong_directories_are_named(tensors, config, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         interop.load(edited(tmp_path, tensors, config))
     assert "\n" not in str(error.value)
+
+
+def test_bfloat16(tmp_path):
+    content = load_file(GOLDEN / "gpt_neox_float16" / "model.safetensors")
+    params, _ = interop.load(edited(tmp_path, {name: x.astype(jnp.bfloat16) for name, x in content.items()}))
+    embed = content["gpt_neox.embed_in.weight"]
+    np.testing.assert_array_equal(params["embed"], embed.astype(jnp.bfloat16).astype(np.float32))
 
 
 def test_buffers_of_older_versions_are_passed_over(tmp_path):

@@ -102,7 +102,7 @@ def test_bad_series_are_named_and_the_others_fitted():
 @pytest.mark.parametrize(
     ("steps", "values", "message"),
     [
-        ([0, 1, 1], np.ones((1, 3)), "steps must increase, got 1 before 1"),
+        ([0, 1, 1], np.ones((1, 3)), "step 1 comes twice"),
         ([0, 5, 2], np.ones((1, 3)), "steps must increase, got 5 before 2"),
         ([-1, 5, 7], np.ones((1, 3)), "steps must be finite and >= 0, got -1"),
         ([0, 5, 7], np.ones((1, 4)), r"steps must be \[T\] and values \[L, T\], got \(3,\) and \(1, 4\)"),

@@ -1,11 +1,15 @@
 """Overwriting the largest activations of one block: which values, and which block."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deltajax.interop import gpt_neox as interop
 from deltajax.massive_activations import intervene
+from deltajax.models import gpt_neox
 from deltajax.ops.taps import tag
 
 
@@ -21,6 +25,30 @@ def test_what_each_mode_writes():
         np.testing.assert_array_equal(intervene.overwrite(x, mode, 2, jnp.array([8.0, -5, -4])), y, err_msg=mode)
     with pytest.raises(ValueError, match="mode must be one of none, zero, mean, neighbours, got 'median'"):
         intervene.overwrite(x, "median", 2)
+
+
+def test_more_values_than_there_are():
+    with pytest.raises(ValueError, match="top must be at most 6, the values of a sequence, got 7"):
+        intervene.massive(jnp.ones((2, 3, 2)), 7)
+
+
+GOLDEN = Path(__file__).parents[1] / "interop/golden"
+
+
+def test_a_checkpoint_of_hugging_face_s(tmp_path, capsys):
+    """Loss before and after on a text, against one computed from the library's layout by hand."""
+    text = tmp_path / "text"
+    text.write_bytes(bytes(i * i % 67 for i in range(200)))
+    flags = [f"--checkpoint={GOLDEN / 'gpt_neox_float16'}", f"--text={text}", "--tokenizer=byte"]
+    assert intervene.main(["", *flags, "--batches=2", "--length=30", "--layer=1", "--top=2"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:4] for row in rows[1:]] == [["gpt_neox_float16", "1", "2", mode] for mode in intervene.MODES]
+    params, config = interop.load(GOLDEN / "gpt_neox_float16")
+    tokens = np.frombuffer(text.read_bytes()[:62], np.uint8).reshape(2, 31).astype(np.int32)
+    logits, _ = gpt_neox.apply(params, config, tokens[:, :-1])
+    expected = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
+    assert float(rows[1][4]) == pytest.approx(float(expected), abs=2e-5)
+    assert all(float(row[5]) != 0 for row in rows[2:])
 
 
 def constant_model(params, batch):

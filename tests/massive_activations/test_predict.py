@@ -179,3 +179,53 @@ def test_bad_input(text, flags, message, tmp_path, capsys):
     assert predict.main(["", f"--fits={path}", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def trajectory(path, model, curves):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "step", "layer", "ratio", "median"))
+        writer.writerows((model, 20 * i, n, x, 2 * x) for n, curve in enumerate(curves) for i, x in enumerate(curve))
+    return path
+
+
+def test_tables_of_trajectories_become_one_of_fits(tmp_path, capsys):
+    """A Pythia model is known by its name, one of ours by the flag; a block that cannot be fitted says why."""
+    curve = laws.modulated_logarithm(np.arange(0, 1000, 20.0), 5, 0.3, 0.02, 1, 2)
+    pythia = trajectory(tmp_path / "a.csv", "pythia-70m", [curve, np.ones(50), curve + 3])
+    mine, out = trajectory(tmp_path / "b.csv", "mine", [curve]), tmp_path / "new" / "fits.csv"
+    assert fits.main(["", f"--trajectories={pythia},{mine}", "--statistic=median", f"--out={out}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "pythia-70m, layer 0: early peak, R2 1.0000",
+        "pythia-70m, layer 1: constant at 2",
+        "pythia-70m, layer 2: early peak, R2 1.0000",
+    ]
+    assert lines[-1] == f"{out}: 4 blocks of 2 models"
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(rows[i]["K"]) for i in (0, 2)] == pytest.approx([4, 10], rel=1e-3)
+    assert [row["d_model"] for row in rows] == ["512"] * 3 + [""]
+    with pytest.raises(ValueError, match="line 5: model 'mine': is not one of Pythia's"):
+        fits.read([out])
+    flags = [f"--trajectories={mine}", f"--out={out}", "--architecture=layers=1,d_model=8,num_heads=2,mlp_dim=32"]
+    assert fits.main(["", *flags]) == 0
+    assert fits.read([out]).models.tolist() == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--trajectories: tables of trajectories are missing"),
+        (["--trajectories=MINE,MINE"], "--trajectories: two tables are of a model 'mine'"),
+        (["--trajectories=MINE", "--statistic=top1"], "column top1 is missing"),
+        (["--trajectories=MINE", "--architecture=2b"], "model '2b': is not one of Pythia's"),
+        (["--trajectories=/nowhere.csv"], "No such file or directory: /nowhere.csv"),
+    ],
+)
+def test_usage_of_fits(flags, message, tmp_path, capsys):
+    mine, out = trajectory(tmp_path / "b.csv", "mine", [[1, 2, 3]]), tmp_path / "fits.csv"
+    assert fits.main(["", *(flag.replace("MINE", str(mine)) for flag in flags), f"--out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()

@@ -1,6 +1,7 @@
 """Tables from runs and from folders of checkpoints, and what is wrong with other people's."""
 
 import csv
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,18 @@ def checkpoints(tmp_path_factory):
         params = jax.tree.map(lambda x, step=step: x * (1 + step / 10), gpt_neox.init(jax.random.key(0), CONFIG))
         interop.save(params, CONFIG, folder / f"step{step}")
     return folder
+
+
+def test_checkpoints_of_two_models(checkpoints, tmp_path, capsys):
+    folder = shutil.copytree(checkpoints, tmp_path / "two")
+    other = dataclasses.replace(CONFIG, mlp_dim=32)
+    interop.save(gpt_neox.init(jax.random.key(0), other), other, folder / "step2")
+    flags = [f"--checkpoints={folder}", "--text=README.md", "--tokenizer=byte", f"--out={tmp_path / 'out.csv'}"]
+    assert trajectories.main(["", *flags]) == 2
+    assert (
+        f"{folder / 'step2'}: its config.json is of another model than that of {folder / 'step0'}"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_of_checkpoints(checkpoints, tmp_path, capsys):
@@ -70,6 +83,7 @@ def test_usage(flags, message, checkpoints, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out.csv").exists()
 
 
 def table(path, rows, columns=("model", "step", "layer", "ratio")):
@@ -87,12 +101,14 @@ def test_one_bad_layer_does_not_stop_the_others(tmp_path):
     rows += [("m", step, 1, value) for step, value in zip(STEPS[::-1], CURVE, strict=True)]
     rows += [("m", step, 2, value) for step, value in zip(STEPS[:5], CURVE[:5], strict=True)]
     rows += [("m", step, 3, "" if step == 100 else 3) for step in STEPS]
+    rows += [("m", step, 4, value) for _ in "ab" for step, value in zip(STEPS, CURVE, strict=True)]
     fits = trajectories.read(table(tmp_path / "t.csv", rows)).fits()
-    assert [fits[layer].problem for layer in range(4)] == [
+    assert [fits[layer].problem for layer in range(5)] == [
         "",
         "steps must increase, got 950 before 900",
         "5 points; at least 8 are needed for five parameters",
         "1 of 20 values are not finite",
+        "step 0 comes twice; rows of several models?",
     ]
     assert fits[0].score.r2 > 0.999
 
@@ -101,11 +117,8 @@ def test_one_bad_layer_does_not_stop_the_others(tmp_path):
     ("rows", "columns", "message"),
     [
         ([("a", 0, 0, 1), ("b", 0, 0, 1)], ("model", "step", "layer", "ratio"), r"rows of 2 models \(a, b\)"),
-        (
-            [(0, 0, 1), (0, 0, 2)],
-            ("step", "layer", "ratio"),
-            "line 3: step 0 of layer 0 comes twice; rows of several models",
-        ),
+        ([], ("step", "layer", "ratio"), "holds no rows"),
+        ([(0, 0), (1, 0, 1)], ("step", "layer", "ratio"), "line 2: 0,0,None is not made of numbers"),
         ([(0, 1)], ("step", "ratio"), "column layer is missing"),
         ([(0, 0, "many")], ("step", "layer", "ratio"), "line 2: 0,0,many is not made of numbers"),
     ],
@@ -120,10 +133,16 @@ def test_a_run_s_log(tmp_path, capsys):
     run.mkdir()
     rows = [(step, layer, 5, 1, 5) for step in (0, 1, 2) for layer in (0, 1)]
     table(run / "activations.csv", rows, ("step", "layer", "top1", "median", "ratio"))
-    out = tmp_path / "out.csv"
+    with open(run / "activations.csv", "a") as file:
+        file.write("3,0,5.")  # of a run that was killed
+    out = tmp_path / "new" / "out.csv"
     assert trajectories.main(["", f"--workdir={run}", f"--out={out}"]) == 0
     assert capsys.readouterr().out == f"{out}: 3 steps of my_run\n"
     read = trajectories.read(out)
     assert read.model == "my_run"
     np.testing.assert_array_equal(read.values["ratio"][1], [5, 5, 5])
-    shutil.rmtree(run)
+    before = out.read_text()
+    (run / "activations.csv").write_text("")
+    assert trajectories.main(["", f"--workdir={run}", f"--out={out}"]) == 2
+    assert "column step is missing (needed: step, layer, ratio)" in capsys.readouterr().err
+    assert out.read_text() == before

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deltajax import report as results
+from deltajax import sweep
 from deltajax.massive_activations import intervene, laws, report, study
 from deltajax.training import reports
 from experiments import massive_activations as experiment
@@ -29,7 +31,9 @@ def test_interventions(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ([], 2, "--workdir: the workdir of a training run is missing"),
+        ([], 2, "give either --workdir or --checkpoint"),
+        (["--checkpoint=/nowhere"], 2, "--text: a text file is missing"),
+        (["--checkpoint=/nowhere", "--text=README.md"], 2, "'/nowhere' is not a directory"),
         (["--workdir=/nowhere"], 1, "no checkpoint in /nowhere/checkpoints"),
         (["--workdir=MINE", "--layer=2"], 2, "--layer=2: the model has 2 blocks, 0 to 1"),
         (["--workdir=MINE", "--top=0"], 2, "--top"),
@@ -74,31 +78,50 @@ def test_page_of_a_run(probed, capsys):
 
 
 @pytest.mark.parametrize(
-    ("missing", "code", "message"),
+    ("missing", "message"),
     [
-        (None, 2, "--workdir: the workdir of a training run is missing"),
-        ("activations.csv", 2, "activations.csv: no such file; train with --config.probes.every=N"),
-        ("checkpoints", 1, "no checkpoint in"),
+        ("activations.csv", "activations.csv: no such file; train with --config.probes.every=N"),
+        ("checkpoints", "no checkpoint in"),
     ],
 )
-def test_usage_of_the_report(missing, code, message, probed, capsys):
-    if missing is not None:
-        path = probed / missing
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert report.main(["", *([f"--workdir={probed}"] if missing else [])]) == code
+def test_page_of_a_run_without_probes_or_without_checkpoint(missing, message, probed, tmp_path):
+    path = probed / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out = tmp_path / "new" / "page.html"
+    assert report.main(["", f"--workdir={probed}", "--batches=1", f"--out={out}"]) == 0
+    text = out.read_text()
+    assert text.count("Nothing to show") == 1 and message in text
+    assert ("<h3>Interventions</h3>" in text) == (missing != "checkpoints")
+    assert ("Massive in blocks 0" in text) == (missing != "activations.csv")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir: the workdir of a training run is missing"),
+        (["--workdir=/nowhere"], "/nowhere/activations.csv: no such file; train with --config.probes.every=N"),
+        (["--workdir=EMPTY"], "activations.csv: holds no rows"),
+    ],
+)
+def test_usage_of_the_report(flags, message, probed, capsys):
+    (probed / "activations.csv").write_text("step,layer,ratio\n")
+    assert report.main(["", *(flag.replace("EMPTY", str(probed)) for flag in flags)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (probed / "massive_activations.html").exists()
 
 
 def test_study_of_runs(probed, tmp_path, capsys):
-    """One run of two blocks: too few for a predictor, everything else in tables; the law's numbers come back."""
+    """One run of two blocks: too few for a predictor, everything else in tables; one that was stopped early is left out."""
     run = tmp_path / "runs" / "model=mine,seed=3"
     shutil.copytree(probed, run)
+    shutil.copytree(probed, run.with_name("model=early,seed=0"))
+    shutil.rmtree(run.with_name("model=early,seed=0") / "checkpoints")
     out = tmp_path / "results" / "tables"
     flags = [f"--runs={tmp_path}/runs/*", f"--out={out}", "--surfaces=mine-3", "--batches=1"]
     assert study.main(["", *flags]) == 0
     printed = capsys.readouterr().out
+    assert "early-0: left out: no checkpoint in " in printed
     assert "mine-3: ratio " in printed and "no predictor: 1 rows of 1 architectures" in printed
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*.csv"))
     assert files == ["fits.csv", "interventions.csv", "surface_mine-3.csv", "trajectories/mine-3.csv"]
@@ -137,6 +160,24 @@ def test_usage_of_the_study(flags, message, probed, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not out.exists()
+
+
+def test_one_command_makes_everything(monkeypatch):
+    """Runs, tables and page in turn, until one fails; the tables are of models that the runs make."""
+    called = {}
+
+    def record(command, code):
+        monkeypatch.setattr(command, "main", lambda argv: called.setdefault(command.__name__, argv[1:]) and code)
+
+    for command, code in ((sweep, 0), (study, 3), (results, 0)):
+        record(command, code)
+    assert experiment.main() == 3
+    assert list(called) == ["deltajax.sweep", "deltajax.massive_activations.study"]
+    flags = dict(flag.removeprefix("--").split("=", 1) for flag in called["deltajax.massive_activations.study"])
+    names = {f"{model}-{seed}" for grid in experiment.get_grid() for model in grid["model"] for seed in grid["seed"]}
+    assert {name for name in names if re.fullmatch(flags["family"], name)} == {f"{m}-0" for m in experiment.FAMILY}
+    assert set(flags["surfaces"].split(",")) <= names
+    assert f"--workdir={Path(flags['runs']).parent}" in called["deltajax.sweep"]
 
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
