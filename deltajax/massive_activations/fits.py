@@ -154,7 +154,10 @@ def read(paths: Sequence[str | Path], columns: Mapping[str, str] | None = None) 
 def _architecture(row: Mapping[str, str]) -> Architecture:
     given = {name: row[name] for name in ARCHITECTURE if row[name]}
     if not given:
-        return features.of_name(row["model"])
+        try:
+            return features.of_name(row["model"])
+        except ValueError as error:
+            raise ValueError(f"{error}; of others the table must have the columns {', '.join(ARCHITECTURE)}") from None
     required = [field.name for field in dataclasses.fields(Architecture) if field.default is dataclasses.MISSING]
     absent = [name for name in required if name not in given]
     if absent:

@@ -257,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_list("estimators", list(ESTIMATORS), "which to try", flag_values=values)
     flags.DEFINE_integer("repeats", 5, "repetitions of the random split", 1, flag_values=values)
     flags.DEFINE_string("csv", None, "write the scores to this file", flag_values=values)
+    flags.DEFINE_string("importance", None, "write what permuting features costs to this file", flag_values=values)
     flags.DEFINE_string(
         "architecture", None, "also predict this model: a Pythia size, or layers=,d_model=,...", flag_values=values
     )
@@ -279,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<10}" + "".join(f"{cell:<36}" for cell in cells).rstrip())
         if values.csv:
             write(values.csv, scores)
+        if values.importance:
+            write_importance(values.importance, table, scores)
         if wanted:
             found = predict(table, wanted, {name: chosen[name, SPLITS[1]].estimator for name in PARAMETERS})
             print("layer  " + "".join(f"{name:<12}" for name in PARAMETERS).rstrip())
@@ -293,6 +296,17 @@ def write(path: str | Path, scores: Sequence[Score]) -> None:
     numbers = ("r2", "lowest", "highest")
     rows = ({**dataclasses.asdict(s), **{name: f"{getattr(s, name):.4f}" for name in numbers}} for s in scores)
     tables.write(path, COLUMNS, rows)
+
+
+def write_importance(path: str | Path, table: Table, scores: Sequence[Score]) -> None:
+    """`importance` for the estimator that predicts each parameter of left-out models best."""
+    rows = (
+        {"parameter": name, "estimator": score.estimator, "features": group, "fall": f"{fall:.4f}"}
+        for (name, split), score in best(scores).items()
+        if split == "leave one model out"
+        for group, fall in importance(table, name, score.estimator).items()
+    )
+    tables.write(path, ("parameter", "estimator", "features", "fall"), rows)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run(patterns: Sequence[str], out: Path, surfaces: Sequence[str], family: str
 
     Raises:
       ValueError: a pattern names no run with probes, or a surface no model.
-      RunError: none of the runs has a checkpoint; some without are left out, which is said.
+      RunError: none of the runs has a log and a checkpoint that can be read; some without are left out, which is said.
     """
     from deltajax.massive_activations import features, intervene, surface, trained
 
@@ -99,12 +99,12 @@ def run(patterns: Sequence[str], out: Path, surfaces: Sequence[str], family: str
     for workdir in workdirs:
         name = name_of(workdir.name)
         try:
-            model = trained.load(workdir, batches)
-        except RunError as error:
+            log, model = trajectories.of_run(workdir), trained.load(workdir, batches)
+        except (RunError, ValueError) as error:
             print(f"{name}: left out: {error}")
             continue
         path = out / "trajectories" / f"{name}.csv"
-        trajectories.write(path, name, trajectories.of_log(trajectories.of_run(workdir)))
+        trajectories.write(path, name, trajectories.of_log(log))
         log = trajectories.read(path)
         of_fits += fits.rows(log, features.of_config(model.config))
         losses = intervene.losses(model.sums, model.params, model.batches, range(model.blocks), top)
@@ -117,7 +117,7 @@ def run(patterns: Sequence[str], out: Path, surfaces: Sequence[str], family: str
             np.savetxt(out / f"surface_{name}.csv", magnitude, "%.3g", ",", header=f"block {layer}")
         print(f"{name}: ratio {found['ratio']:.3g}, R2 of the law {found.get('fit_r2', np.nan):.3f}", flush=True)
     if not measures:
-        raise RunError(f"none of the {len(workdirs)} runs has a checkpoint that can be read")
+        raise RunError(f"none of the {len(workdirs)} runs has a log and a checkpoint that can be read")
     fits.write(out / "fits.csv", of_fits)
     tables.write(out / "interventions.csv", intervene.COLUMNS, interventions)
     settings = list(dict.fromkeys(key for row in measures for key in row if key not in MEASURES))
@@ -148,13 +148,7 @@ def _predict(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
         return
     scores = predict.evaluate(table)
     predict.write(out / "scores.csv", scores)
-    importance = [
-        {"parameter": name, "estimator": score.estimator, "features": group, "fall": f"{fall:.4f}"}
-        for (name, split), score in predict.best(scores).items()
-        if split == "leave one model out"
-        for group, fall in predict.importance(table, name, score.estimator).items()
-    ]
-    tables.write(out / "importance.csv", ("parameter", "estimator", "features", "fall"), importance)
+    predict.write_importance(out / "importance.csv", table, scores)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,6 +58,8 @@ def with_statistics(f: Callable, sequences: int | None = None) -> Callable[..., 
 
     def call(*args):
         tags = taps.tags(f, *args)
+        if "residual" not in tags:
+            raise ValueError('nothing to probe: the model tags no block\'s output "residual" (see deltajax.ops.taps)')
         attentive = [tags[:i].count("residual") for i, tag in enumerate(tags) if tag == "first_token_share"]
         # Nobody differentiates statistics: without this their tangents are traced into a training step.
         probes: dict[str, taps.Probe] = {

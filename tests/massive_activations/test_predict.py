@@ -139,7 +139,8 @@ def test_other_peoples_table(tmp_path, capsys):
     renamed, scores = tmp_path / "theirs.csv", tmp_path / "scores.csv"
     renamed.write_text(text)
     flags = ["--estimators=ridge", "--repeats=1", f"--csv={scores}", "--architecture=31m"]
-    assert predict.main(["", f"--fits={PUBLISHED}", *flags]) == 0
+    falls = tmp_path / "importance.csv"
+    assert predict.main(["", f"--fits={PUBLISHED}", *flags, f"--importance={falls}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "24 blocks of 3 models; 0 rows left out"
     assert len(lines) == 2 + len(PARAMETERS) + 1 + 6
@@ -148,6 +149,10 @@ def test_other_peoples_table(tmp_path, capsys):
     with open(scores, newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["parameter"], row["split"]) for row in rows} == {(p, s) for p in PARAMETERS for s in predict.SPLITS}
+    with open(falls, newline="") as file:
+        found = {(row["parameter"], row["features"]): float(row["fall"]) for row in csv.DictReader(file)}
+    assert found.keys() == {(p, group) for p in PARAMETERS for group in features.GROUPS}
+    assert max(features.GROUPS, key=lambda group: found["lambda", group]) == "depth"
 
 
 HEAD = "model,layer,A,lambda,gamma,t0,K\n"

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from deltajax.ops.activation_statistics import activation_statistics, first_token_share, median, summarise
+from deltajax.ops.activation_statistics import (
+    activation_statistics,
+    first_token_share,
+    median,
+    summarise,
+    with_statistics,
+)
 
 
 def test_statistics_of_each_sequence():
@@ -29,6 +35,11 @@ def test_nothing_is_sorted():
     x = jax.ShapeDtypeStruct((2, 64, 32), jnp.float32)
     text = jax.jit(activation_statistics).lower(x).compile().as_text()
     assert " sort(" not in text and "TopK" in text
+
+
+def test_a_function_without_blocks():
+    with pytest.raises(ValueError, match='nothing to probe: the model tags no block\'s output "residual"'):
+        with_statistics(jnp.sin)(jnp.ones(3))
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 1000])
