@@ -44,7 +44,7 @@ def page(workdir: Path, batches: int = 10, top: int = 5) -> str:
       top: values per sequence that they overwrite.
 
     Raises:
-      FileNotFoundError: neither a log of probes nor a checkpoint.
+      RunError: neither a log of probes nor a checkpoint that can be read.
       ValueError: a log that is no table, or a model without residual stream.
     """
     from deltajax.errors import RunError
@@ -63,7 +63,7 @@ def page(workdir: Path, batches: int = 10, top: int = 5) -> str:
         model = trained.load(workdir, batches)
     except RunError as error:
         if no_log is not None:
-            raise no_log from None
+            raise RunError(f"{error}; {no_log}") from None
         parts.append(_lacking("The model", error))
     else:
         kind = type(model.config).__module__.rpartition(".")[2]

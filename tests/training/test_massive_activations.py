@@ -96,16 +96,16 @@ def test_page_of_a_run_without_probes_or_without_checkpoint(missing, message, pr
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        ([], "--workdir: the workdir of a training run is missing"),
-        (["--workdir=/nowhere"], "/nowhere/activations.csv: no such file; train with --config.probes.every=N"),
-        (["--workdir=EMPTY"], "activations.csv: holds no rows"),
+        ([], 2, "--workdir: the workdir of a training run is missing"),
+        (["--workdir=/nowhere"], 1, "no checkpoint in /nowhere/checkpoints; /nowhere/activations.csv: no such file"),
+        (["--workdir=EMPTY"], 2, "activations.csv: holds no rows"),
     ],
 )
-def test_usage_of_the_report(flags, message, probed, capsys):
+def test_usage_of_the_report(flags, code, message, probed, capsys):
     (probed / "activations.csv").write_text("step,layer,ratio\n")
-    assert report.main(["", *(flag.replace("EMPTY", str(probed)) for flag in flags)]) == 2
+    assert report.main(["", *(flag.replace("EMPTY", str(probed)) for flag in flags)]) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (probed / "massive_activations.html").exists()
