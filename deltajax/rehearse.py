@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not values.config:
             raise ValueError("--config: an experiment file is missing, e.g. --config=experiments/pod.py")
+        if values.slices > 1 and not values.topology:
+            raise ValueError(f"--slices={values.slices}: --topology, the slice, is missing")
+        if values.save and not Path(values.save).parent.is_dir():
+            raise ValueError(f"--save={values.save}: the folder does not exist")
         config = overrides.apply(load_config(values.config), changes)
         devices = rehearsal.devices_of(values.topology, values.slices) if values.topology else None
         report, compiled = rehearsal.rehearse(config, devices)

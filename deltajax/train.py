@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     code = cli.run(action, values, __doc__ or "", argv)
     if several and code:
-        from deltajax.training import distributed
+        from deltajax.training import attendance
 
-        distributed.leave(code)
+        attendance.leave(code)
     return code
 
 

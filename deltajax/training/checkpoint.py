@@ -5,6 +5,7 @@ import fcntl
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,19 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which keeps the failure of a save to itself until all processes have met at a barrier."""
+
+    failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self):
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self.failure = error
+            raise
+
+
 class Checkpoints:
     """The checkpoints of one run: written in the background, the latest `keep` and the best one kept.
 
@@ -54,6 +68,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
         """Leftovers of saves that never finished are removed unless `read_only`."""
         self.directory = workdir.resolve() / "checkpoints"
+        self._abandoned = False
         if read_only and not self.steps():
             raise RunError(f"no checkpoint in {self.directory}")
         policy = AnyPreservationPolicy(
@@ -63,7 +78,7 @@ class Checkpoints:
             ]
         )
         # Without best_fn Orbax would keep the metrics in memory only, and a resumed run would not know its best.
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
@@ -99,7 +114,9 @@ class Checkpoints:
         """
         rest = {name: getattr(state, name) for name in REST}
         progress = {"config": serialize.to_json(config), **progress}
-        with self._failures(f"the checkpoint of step {step} or the one before it"):
+        what = f"the checkpoint of step {step} or the one before it"
+        self._settle(what)
+        with self._failures(what):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -116,14 +133,39 @@ class Checkpoints:
         Raises:
           RunError: it failed.
         """
-        with self._failures("the last checkpoint"):
+        self._settle("the last checkpoint")
+
+    def _settle(self, what: str) -> None:
+        # Of several processes the main threads meet all the while: in Orbax's barriers those that have written would wait
+        # for one that is gone or could not write.
+        while jax.process_count() > 1:
+            failure = self._manager.failure
+            problem = distributed.first_problem(_one_line(failure) if failure else None)
+            if problem:
+                self.abandon()
+                raise RunError(self._not_written(what, problem))
+            if not any(distributed.everyones(self._manager.is_saving_in_progress())):
+                break
+            time.sleep(0.1)
+        with self._failures(what):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
         """Wait for the last save and free the threads."""
+        if self._abandoned:
+            return
         with self._failures("the last checkpoint"):
             self._manager.close()
+
+    def abandon(self) -> None:
+        """The save in flight cannot end without a process that is gone or has failed: never wait for it."""
+        self._abandoned = True
+
+    def kept(self) -> str:
+        """What is safe on disk, for messages."""
+        steps = self.steps()
+        return f"last good checkpoint: step {steps[-1]}" if steps else "no checkpoint was saved yet"
 
     def restore(self, abstract: TrainState, config: TrainConfig) -> tuple[int, TrainState, dict] | None:
         """(step, state, progress) of the newest checkpoint that can be read; None if there is none at all.
@@ -223,16 +265,19 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk reaches us as OSError, ValueError or XlaRuntimeError
-            good = self.steps()
-            kept = f"step {good[-1]} is kept" if good else "there is no earlier one"
-            raise RunError(f"{what} could not be written to {self.directory}: {_one_line(error)}; {kept}") from error
+            raise RunError(self._not_written(what, _one_line(error))) from error
+
+    def _not_written(self, what: str, problem: str) -> str:
+        good = self.steps()
+        kept = f"step {good[-1]} is kept" if good else "there is no earlier one"
+        return f"{what} could not be written to {self.directory}: {problem}; {kept}"
 
 
 def _loss(metrics: Any) -> float:
     return metrics["loss"]
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     system = re.search(r"([^:]+) \[os_error_code", text)  # TensorStore: the cause stands last, after several paths
     if system:

@@ -4,10 +4,12 @@ JAX's distributed runtime connects them. It aborts the process, traceback and al
 so before it starts, every process answers a roll call at the coordinator's address.
 """
 
+import contextlib
+import functools
+import itertools
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +27,9 @@ VARIABLES = {
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
+ROLL = "deltajax roll call: "  # before what process 0 answers
 MESSAGE_BYTES = 4096  # of what one process tells the others
-LEAVING_SECONDS = 5  # that a process whose run failed waits for the others to say the same
+MEETING_SECONDS = 3600  # that a process which has compiled a program waits for the others
 
 
 def start(
@@ -71,24 +74,9 @@ def start(
     if index == 0:
         _call_the_roll(int(port), count, timeout)
     else:
-        _answer_the_roll(host, int(port), index, timeout)
+        _answer_the_roll(host, int(port), index, count, timeout)
     jax.distributed.initialize(f"{host}:{port}", count, index, initialization_timeout=timeout)
     return True
-
-
-def leave(code: int) -> None:
-    """After a failure: end this process, unless all have failed.
-
-    JAX ends a process only after all others have ended too, and they may wait for this one.
-    """
-    try:
-        assert runtime.global_state.client is not None
-        runtime.global_state.client.wait_at_barrier("deltajax_failed", LEAVING_SECONDS * 1000)
-    except jax.errors.JaxRuntimeError:
-        if is_first():
-            time.sleep(LEAVING_SECONDS)  # the others are aborted when it goes, and may have a last word
-        sys.stdout.flush()
-        os._exit(code)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -102,35 +90,54 @@ def _call_the_roll(port: int, count: int, timeout: int) -> None:
     """Process 0: wait until every other one has come, and tell them all whether to go on."""
     deadline = time.monotonic() + timeout
     came: dict[int, tuple[socket.socket, str]] = {}
+    greeted, verdict = [], ""
     try:
         server = socket.create_server(("", port))
     except OSError as error:
         raise RunError(f"--coordinator: port {port} cannot be used on this host ({error.strerror})") from None
-    with server:
-        while len(came) < count - 1:
+    with server, contextlib.ExitStack() as connections:
+        while len(came) < count - 1 and not verdict:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 connection, (host, *_) = server.accept()
-                connection.settimeout(max(deadline - time.monotonic(), 0.01))
-                came[int(connection.makefile().readline())] = (connection, host)
             except TimeoutError:
                 break
+            connections.enter_context(connection)
+            connection.settimeout(5)
+            try:
+                index, theirs = map(int, connection.makefile().readline().split())
             except (OSError, ValueError):  # someone else knocked
-                connection.close()
-    missing = sorted(set(range(1, count)) - set(came))
-    there = ", ".join(f"{index} on {host}" for index, (_, host) in sorted(came.items())) or "none"
-    verdict = ""
-    if missing:
-        absent = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))} of {count}"
-        verdict = f"{absent} did not come within {timeout} s (came, besides 0: {there})"
-    for connection, _ in came.values():
-        with connection:
-            connection.sendall(f"{verdict}\n".encode())
+                continue
+            greeted.append(connection)
+            if theirs != count:
+                verdict = f"--num_processes is {count} on process 0 and {theirs} on process {index} ({host})"
+            elif index in came and not _is_closed(came[index][0]):
+                verdict = f"--process_id={index} was given to two processes ({came[index][1]} and {host})"
+            came[index] = (connection, host)
+        missing = sorted(set(range(1, count)) - set(came))
+        if missing and not verdict:
+            there = ", ".join(f"{index} on {host}" for index, (_, host) in sorted(came.items())) or "none"
+            absent = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))} of {count}"
+            verdict = f"{absent} did not come within {timeout} s (came, besides 0: {there})"
+        for connection in greeted:
+            with contextlib.suppress(OSError):  # it has died since; then JAX will miss it
+                connection.sendall(f"{ROLL}{verdict}\n".encode())
     if verdict:
         raise RunError(verdict)
 
 
-def _answer_the_roll(host: str, port: int, index: int, timeout: int) -> None:
+def _is_closed(connection: socket.socket) -> bool:
+    """Whether the other side has gone, perhaps to be started again."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _answer_the_roll(host: str, port: int, index: int, count: int, timeout: int) -> None:
     deadline = time.monotonic() + timeout
     while True:
         left = deadline - time.monotonic()
@@ -138,18 +145,20 @@ def _answer_the_roll(host: str, port: int, index: int, timeout: int) -> None:
             raise RunError(f"process 0 of --coordinator={host}:{port} did not come within {timeout} s")
         try:
             with socket.create_connection((host, port), timeout=left) as connection:
-                connection.sendall(f"{index}\n".encode())
+                connection.sendall(f"{index} {count}\n".encode())
                 connection.settimeout(timeout + 10)
-                verdict = connection.makefile().readline()
+                verdict = connection.makefile(errors="replace").readline()
         except socket.gaierror as error:
             raise RunError(f"--coordinator={host}:{port}: no such host ({error.strerror})") from None
         except OSError:
-            verdict = None
+            verdict = ""
         if verdict:
             break
         time.sleep(min(0.2, max(left, 0)))  # process 0 is not there yet
-    if verdict.strip():
-        raise RunError(verdict.strip())
+    if not verdict.startswith(ROLL):
+        raise RunError(f"--coordinator={host}:{port}: what answers there is not process 0 of this run")
+    if verdict.removeprefix(ROLL).strip():
+        raise RunError(verdict.removeprefix(ROLL).strip())
 
 
 def is_first() -> bool:
@@ -184,8 +193,37 @@ def first_problem(problem: str | None) -> str | None:
     """The problem of any process, on all of them: the first one's that has one."""
     if jax.process_count() == 1:
         return problem
-    given = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(_padded(json.dumps(problem)))]
-    return next((f"{p} (process {index})" for index, p in enumerate(given) if p is not None), None)
+    return next((f"{p} (process {index})" for index, p in enumerate(everyones(problem)) if p is not None), None)
+
+
+def everyones(value: Any) -> list[Any]:
+    """What each process gives (JSON, of at most `MESSAGE_BYTES`), by its index, on all of them."""
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(_padded(json.dumps(value)))]
+
+
+def compiled_together(f: Any) -> Any:
+    """A `jax.jit` function that several processes run for the first time only when all have compiled it.
+
+    One that compiles longer than others would be missed: Gloo's collectives wait for 30 s.
+    """
+    if jax.process_count() == 1:
+        return f
+    met = False
+
+    @functools.wraps(f)
+    def meet_first(*arguments):
+        nonlocal met
+        if not met:
+            f.lower(*arguments).compile()
+            assert runtime.global_state.client is not None
+            runtime.global_state.client.wait_at_barrier(f"deltajax_compiled_{next(_meetings)}", MEETING_SECONDS * 1000)
+            met = True
+        return f(*arguments)
+
+    return meet_first
+
+
+_meetings = itertools.count()  # every process compiles the same programs in the same order
 
 
 def _padded(text: str) -> np.ndarray:

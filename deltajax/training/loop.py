@@ -25,6 +25,7 @@ from deltajax.layers.param import count_params
 from deltajax.models import frames, registry
 from deltajax.training import activation_log, distributed, metrics, optimizer, sampling, serialize, watch
 from deltajax.training import mesh as mesh_lib
+from deltajax.training.attendance import Attendance, is_of_runtime
 from deltajax.training.checkpoint import Checkpoints, lock
 from deltajax.training.config import TrainConfig
 from deltajax.training.step import Step, TrainState
@@ -47,30 +48,35 @@ def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
     with contextlib.ExitStack() as stack:
         distributed.on_first(lambda: stack.enter_context(lock(workdir)))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
-        restored = checkpoints.restore(step.abstract, config)
-        summary = workdir / "summary.json"
-        result = distributed.on_first(lambda: _read_summary(summary))
-        if restored and restored[0] >= config.steps and result:
-            print(f"The run in {workdir} is complete: {_describe(result)}.")
-            print("To continue it give a larger --config.steps; to start anew another --workdir.")
-            return
-        dataset = data.load(config.data)
-        check_fits(config, dataset)
-        run = Run(config, workdir, checkpoints, step, dataset, restored)
-        with contextlib.closing(run):
-            distributed.on_first(lambda: summary.unlink(missing_ok=True))
-            try:
-                run.train()
-                run.finish()
-            except KeyboardInterrupt:
-                raise RunError(f"interrupted; {run.kept()}, the same command continues") from None
-            except UnrankableLoss as error:
-                raise RunError(f"{error}; {run.kept()}") from None
-            except jax.errors.JaxRuntimeError as error:
-                if jax.process_count() == 1:
-                    raise
-                lost = f"process {jax.process_index()} of {jax.process_count()}: {str(error).splitlines()[0]}"
-                raise RunError(f"{lost}; {run.kept()}; to continue start all of them again") from error
+        attendance = stack.enter_context(Attendance(checkpoints.kept))
+        try:
+            _go_on(config, workdir, checkpoints, step)
+        except KeyboardInterrupt:
+            raise RunError(f"interrupted; {checkpoints.kept()}, the same command continues") from None
+        except UnrankableLoss as error:
+            raise RunError(f"{error}; {checkpoints.kept()}") from None
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if jax.process_count() == 1 or not is_of_runtime(error):
+                raise
+            checkpoints.abandon()
+            raise RunError(attendance.last_word(error)) from error
+
+
+def _go_on(config: TrainConfig, workdir: Path, checkpoints: Checkpoints, step: Step) -> None:
+    """From the last checkpoint, or from the start, to the summary."""
+    restored = checkpoints.restore(step.abstract, config)
+    summary = workdir / "summary.json"
+    result = distributed.on_first(lambda: _read_summary(summary))
+    if restored and restored[0] >= config.steps and result:
+        print(f"The run in {workdir} is complete: {_describe(result)}.")
+        print("To continue it give a larger --config.steps; to start anew another --workdir.")
+        return
+    dataset = data.load(config.data)
+    check_fits(config, dataset)
+    with contextlib.closing(Run(config, workdir, checkpoints, step, dataset, restored)) as run:
+        distributed.on_first(lambda: summary.unlink(missing_ok=True))
+        run.train()
+        run.finish()
 
 
 def make_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> Step:
@@ -183,7 +189,7 @@ class Run:
                         continue
                     # 4. Leave when asked to.
                     self.checkpoints.wait()
-                    raise RunError(f"stopped by {asked}; {self.kept()}, the same command continues")
+                    raise RunError(f"stopped by {asked}; {self.checkpoints.kept()}, the same command continues")
 
     def finish(self) -> None:
         """Plot, sample and summary; the summary is written last and marks the run as complete."""
@@ -247,7 +253,7 @@ class Run:
             raise RunError(
                 f"non-finite loss or gradient{spike} at step {step}: {row['streak']:.0f} updates in a row and "
                 f"{row['skipped']:.0f} in all were skipped (allowed: {limits.max_consecutive} and {limits.max_total}); "
-                + self.kept()
+                + self.checkpoints.kept()
             )
         if seen is not None:
             self.activations.write(step - 1, jax.device_get(seen))
@@ -304,11 +310,6 @@ class Run:
         state = self.state
         sums = [jax.device_get(evaluate(state.params, state.stats, self.compiled.put(batch))) for batch in batches]
         return {k: np.sum([np.atleast_1d(x[k]) for x in sums], axis=0, dtype=np.float64) for k in sums[0]}
-
-    def kept(self) -> str:
-        """What is safe on disk, for messages."""
-        steps = self.checkpoints.steps()
-        return f"last good checkpoint: step {steps[-1]}" if steps else "no checkpoint was saved yet"
 
     def _check_same_data(self, progress: dict[str, Any]) -> None:
         now = self._identities()

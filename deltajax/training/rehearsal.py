@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,10 @@ def remedies(config: TrainConfig, step: Step) -> list[str]:
 def save(compiled: Any, config: TrainConfig, path: Path) -> None:
     """Write the compiled step, for `load` on the same number of the same devices with the same JAX."""
     payload, inputs, outputs = serialize_executable.serialize(compiled)
+    devices = jax.tree.leaves(compiled.input_shardings)[0].device_set
     contents = {
         "jax": jax.__version__,
+        "devices": _name(devices),
         "config": serialize.to_json(config),
         "program": payload,
         "trees": (inputs, outputs),
@@ -220,12 +223,21 @@ def load(path: Path, config: TrainConfig) -> Any:
     """The compiled step that `save` wrote. The file is a pickle: load only what you wrote.
 
     Raises:
-      ValueError: it was made for another config or by another JAX.
+      ValueError: it was made for another config or other devices or by another JAX, or is no such file.
     """
-    contents = pickle.loads(path.read_bytes())
+    try:
+        contents = pickle.loads(path.read_bytes())
+    except (pickle.UnpicklingError, EOFError):
+        raise ValueError(f"--executable={path}: not a file that deltajax.rehearse --save wrote") from None
+    if contents["devices"] != _name(jax.devices()):
+        raise ValueError(f"--executable={path}: made for {contents['devices']}, here are {_name(jax.devices())}")
     if contents["jax"] != jax.__version__:
         raise ValueError(f"--executable={path}: made by jax {contents['jax']}, this is {jax.__version__}")
     changed = serialize.differences(serialize.from_json(contents["config"]), config)
     if changed:
         raise ValueError(f"--executable={path}: made for another config: {'; '.join(changed)}")
     return serialize_executable.deserialize_and_load(contents["program"], *contents["trees"])
+
+
+def _name(devices: Collection[Any]) -> str:
+    return f"{len(devices)} x {next(iter(devices)).device_kind}"

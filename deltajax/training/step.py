@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 from deltajax.models import registry
 from deltajax.ops.activation_statistics import with_statistics
 from deltajax.training import mesh as mesh_lib
+from deltajax.training.distributed import compiled_together
 
 Batch = dict[str, Array]  # as the model's `loss_sums` takes it; the first axis of each array is the batch
 Sums = dict[str, Float[Array, ""]]
@@ -176,32 +177,32 @@ class Step:
         self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
         options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
         train = functools.partial(_train, model, optimizer, schedule, grad_accumulation, by_example, max_grad_norm)
-        self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = jax.jit(
+        self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = _jit(
             within(lambda state, batch: train(state, batch)[:2]),
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, whole),
             donate_argnums=0,
             compiler_options=options,
         )
-        self.train_probed: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], dict[str, Any]]] = jax.jit(
+        self.train_probed: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array], dict[str, Any]]] = _jit(
             within(functools.partial(train, probed_sequences=probed_sequences)),
             in_shardings=(self.shardings, self.batch_sharding),
             out_shardings=(self.shardings, whole, whole),
             donate_argnums=0,
             compiler_options=options,
         )
-        self.evaluate: Callable[[Any, Any, Batch], Sums] = jax.jit(
+        self.evaluate: Callable[[Any, Any, Batch], Sums] = _jit(
             within(functools.partial(_evaluate, model)),
             in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
         )
-        self.score: Callable[[Any, Any, Batch], Array] = jax.jit(
+        self.score: Callable[[Any, Any, Batch], Array] = _jit(
             within(functools.partial(_score, model)),
             in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
         )
         by_position = getattr(registry.module_of(model), "position_sums", None)
-        self.evaluate_positions: Callable[[Any, Any, Batch], Sums] | None = by_position and jax.jit(
+        self.evaluate_positions: Callable[[Any, Any, Batch], Sums] | None = by_position and _jit(
             within(lambda params, stats, batch: by_position(params, stats, model, batch)),
             in_shardings=(self.shardings.params, self.shardings.stats, self.batch_sharding),
             out_shardings=whole,
@@ -211,6 +212,10 @@ class Step:
         """Make global arrays of which this process' rows are a part."""
         with jax.transfer_guard_host_to_device("allow"):  # of several processes JAX counts it as implicit
             return {k: jax.make_array_from_process_local_data(self.batch_sharding, x) for k, x in batch.items()}
+
+
+def _jit(f: Callable, **settings: Any) -> Any:
+    return compiled_together(jax.jit(f, **settings))
 
 
 def _init(model: Any, optimizer: optax.GradientTransformation, seed: int, shardings: Any = None) -> TrainState:

@@ -3,12 +3,12 @@
 import os
 import random
 import re
-import signal
-import threading
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from training_runs import SMALL, free_port, losses, run_together
+from training_runs import SMALL, Ended, assert_killed, free_port, losses, run_together
 
 from deltajax.errors import RunError
 from deltajax.training import distributed
@@ -21,72 +21,100 @@ def damage(checkpoint: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def errors(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith(("error: ", "warning: "))]
-
-
-def test_killed_torn_and_moved(tmp_path):
-    """Four processes, one killed; the newest checkpoint torn; two others on another mesh, one told to stop.
+def test_killed_full_torn_and_moved(tmp_path):
+    """Four processes, one killed; again, in a save; two others on another mesh: the newest checkpoint is torn, the disk of
+    one is full; two that are told to stop.
 
     All losses are those of one process.
     """
     seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(1000)))
     print(f"KILL_SEED={seed}")  # pytest shows it if the test fails
     workdir, draw = tmp_path / "run", random.Random(seed)
-    victim, step = draw.randrange(4), draw.choice([9, 13])
-    accidents = [("kill_saved", step if index == victim else 0) for index in range(4)]
-    ended = run_together(workdir, accidents, "--config.mesh.data=2", "--config.mesh.fsdp=2", *SMALL)
-    assert ended[victim][0] == -signal.SIGKILL, ended
-    # JAX may abort a process that is slower to see it than others, and aborts all when the first one dies.
-    said = [errors(err) for code, _, err in ended if code == 1]
-    assert (said or victim == 0) and all(code for code, *_ in ended), ended
-    for (message,) in said:
-        assert re.match(r"error: process \d of 4: .*last good checkpoint: step \d+; to continue start all", message)
-    newest, before = Checkpoints(workdir, read_only=True).steps()[::-1][:2]
 
+    def steps() -> list[int]:
+        return Checkpoints(workdir, read_only=True).steps()
+
+    def four(victim: int, what: str, step: int) -> list[int]:
+        accidents = [(what, step) if index == victim else ("kill", 0) for index in range(4)]
+        ended = run_together(workdir, accidents, "--config.mesh.data=2", "--config.mesh.fsdp=2", *SMALL)
+        return assert_killed(ended, victim)
+
+    step = draw.choice([9, 13])
+    assert set(four(draw.randrange(4), "kill_saved", step)) <= {step - 1}
+    what = draw.choice(["kill_in_save", "kill_before_commit"])
+    four(draw.randrange(4) if what == "kill_in_save" else 0, what, step + 3)
+    assert steps()[-1] in (step - 1, step + 3)  # the other three may just have written everything
+
+    def two(*accidents: tuple[str, int]) -> list[Ended]:
+        ended = run_together(workdir, list(accidents), "--config.mesh.data=1", "--config.mesh.tensor=2", *SMALL)
+        assert [process.code for process in ended] == [1, 1], ended
+        return ended
+
+    newest, before = steps()[::-1][:2]
     damage(workdir / "checkpoints" / str(newest))
-    accidents = [("kill", 0), ("terminate", 12)]
-    ended = run_together(workdir, accidents, "--config.mesh.data=1", "--config.mesh.tensor=2", *SMALL)
-    assert [code for code, *_ in ended] == [1, 1], ended
-    assert f"continuing after step {before} " in ended[0][1]
-    torn, stopped = errors(ended[0][2])
+    full = two(("kill", 0), ("full", before + 2))
+    assert f"continuing after step {before} " in full[0].out
+    torn, message = full[0].messages
     assert f"checkpoint of step {newest} " in torn
-    last = Checkpoints(workdir, read_only=True).steps()[-1]
-    assert stopped == f"error: stopped by SIGTERM; last good checkpoint: step {last}, the same command continues"
-    assert last >= 12
-    assert [line for line in ended[1][1].splitlines() if not line.startswith("[Gloo]")] == []
+    assert full[1].messages == [message]
+    assert message.endswith(f"File too large (process 1); step {before} is kept")
 
-    alone = run_together(tmp_path / "alone", [("terminate", 14)], *SMALL)
-    assert alone[0][0] == 1
+    first, second = two(("kill", 0), ("terminate", before + 2))
+    last = steps()[-1]
+    assert last >= before + 2
+    message = f"error: stopped by SIGTERM; last good checkpoint: step {last}, the same command continues"
+    assert first.messages == second.messages == [message]
+    assert [line for line in second.out.splitlines() if not line.startswith("[Gloo]")] == []
+
+    (alone,) = run_together(tmp_path / "alone", [("terminate", 20)], *SMALL)
+    assert alone.code == 1
     ours, theirs = losses(workdir), losses(tmp_path / "alone")
-    for at in range(1, 13):
+    assert set(ours) == set(range(1, last + 1))
+    for at in range(1, min(last, 20) + 1):
         assert ours[at][0] == pytest.approx(theirs[at][0], rel=1e-4), f"step {at}"
 
 
-def start_processes(count: int, *indices: int, timeout: int = 20) -> list[str]:
-    """What `distributed.start` says to those processes of `count` that come; JAX itself is not reached."""
-    port, said = free_port(), {}
+def start_processes(*processes: tuple[int, int], timeout: int = 20) -> list[str]:
+    """What `distributed.start` says to those (index, count) that come; JAX itself is not reached."""
+    port = free_port()
 
-    def come(index: int) -> None:
-        try:
-            distributed.start(f"localhost:{port}", count, index, timeout)
-        except (RunError, ValueError) as error:
-            said[index] = str(error)
+    def come(process: tuple[int, int]) -> str:
+        with pytest.raises(RunError) as raised:
+            distributed.start(f"localhost:{port}", process[1], process[0], timeout)
+        return str(raised.value)
 
-    threads = [threading.Thread(target=come, args=(index,)) for index in indices]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [said[index] for index in indices]
+    with ThreadPoolExecutor(len(processes)) as threads:
+        return list(threads.map(come, processes))
 
 
-def test_missing_processes_are_named(monkeypatch):
-    for index, message in zip((0, 2), start_processes(4, 0, 2, timeout=2), strict=True):
-        assert message.startswith("processes 1, 3 of 4 did not come within 2 s (came, besides 0: 2 on "), index
-    (message,) = start_processes(2, 1, timeout=1)
+def test_missing_processes_are_named():
+    for message in start_processes((0, 4), (2, 4), timeout=2):
+        assert message.startswith("processes 1, 3 of 4 did not come within 2 s (came, besides 0: 2 on ")
+    (message,) = start_processes((1, 2), timeout=1)
     assert "process 0 of --coordinator=localhost:" in message
     assert message.endswith("did not come within 1 s")
+
+
+def test_processes_that_do_not_fit_together_are_named():
+    for message in start_processes((0, 3), (1, 4)):
+        assert message.startswith("--num_processes is 3 on process 0 and 4 on process 1 (")
+    for message in start_processes((0, 3), (1, 3), (1, 3)):
+        assert message.startswith("--process_id=1 was given to two processes (")
+
+
+def test_somebody_else_at_the_coordinators_address():
+    """A port that is taken on the first host; a service of another kind there, as another one sees it."""
+    with socket.create_server(("", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        with pytest.raises(RunError, match="cannot be used on this host"):
+            distributed.start(address, 2, 0, timeout=5)
+        with ThreadPoolExecutor(1) as thread:
+            said = thread.submit(distributed.start, address, 2, 1, timeout=5)
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+            with pytest.raises(RunError, match=f"--coordinator={address}: what answers there is not process 0"):
+                said.result()
 
 
 @pytest.mark.parametrize(

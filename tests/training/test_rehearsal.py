@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 
@@ -83,6 +84,12 @@ def test_report_executable_and_run(finished, tmp_path, run_train):
     code, _, err = run_train(tmp_path / "other", f"--executable={file}", "--config.seed=5")
     assert (code, err.count("\n")) == (2, 1)
     assert "made for another config: seed: 0 -> 5" in err
+    file.write_bytes(pickle.dumps(pickle.loads(file.read_bytes()) | {"devices": "4 x TPU v5 lite"}))
+    code, _, err = run_train(tmp_path / "other", f"--executable={file}")
+    assert (code, err) == (2, f"error: --executable={file}: made for 4 x TPU v5 lite, here are 1 x cpu\n")
+    file.write_bytes(b"something else")
+    code, _, err = run_train(tmp_path / "other", f"--executable={file}")
+    assert (code, err) == (2, f"error: --executable={file}: not a file that deltajax.rehearse --save wrote\n")
 
 
 def test_remedies(tiny_config):
@@ -128,3 +135,7 @@ def test_bad_input_is_one_line(capfd):
     err = capfd.readouterr().err
     assert (code, err.count("\n")) == ((2, 1) if importlib.util.find_spec("libtpu") else (1, 1)), err
     assert "--topology=v5e:3x" in err
+    assert rehearse.main(["rehearse", f"--config={TINY}", "--slices=2"]) == 2
+    assert "--slices=2: --topology, the slice, is missing" in capfd.readouterr().err
+    assert rehearse.main(["rehearse", f"--config={TINY}", "--save=/nowhere/step.bin"]) == 2
+    assert "--save=/nowhere/step.bin: the folder does not exist" in capfd.readouterr().err

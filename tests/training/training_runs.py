@@ -1,10 +1,15 @@
 """Running the tiny experiment, and reading what it left."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from deltajax.training import metrics
 
@@ -45,10 +50,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Ended(NamedTuple):
+    """How a process ended: its exit code (-9: killed), what it wrote, and when, in seconds of the monotonic clock."""
+
+    code: int
+    out: str
+    err: str
+    at: float
+
+    @property
+    def messages(self) -> list[str]:
+        """Its errors and warnings."""
+        return [line for line in self.err.splitlines() if line.startswith(("error: ", "warning: "))]
+
+
 def run_together(
     workdir: Path, accidents: list[tuple[str, int]], *arguments: str, config: str = TINY
-) -> list[tuple[int, str, str]]:
-    """One process per accident (step 0: none); (exit code, stdout, stderr) of each."""
+) -> list[Ended]:
+    """One process per accident (step 0: none)."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -71,5 +90,28 @@ def run_together(
         )
         for index, (what, step) in enumerate(accidents)
     ]
-    ended = [process.communicate() for process in processes]
-    return [(process.returncode, *text) for process, text in zip(processes, ended, strict=True)]
+
+    def end(process: subprocess.Popen) -> Ended:
+        out, err = process.communicate()
+        return Ended(process.returncode, out, err, time.monotonic())
+
+    with ThreadPoolExecutor(len(processes)) as threads:
+        return list(threads.map(end, processes))
+
+
+def assert_killed(ended: list[Ended], victim: int) -> list[int]:
+    """One was killed, all others ended and said who is gone; when it was the first, JAX has aborted them.
+
+    Returns:
+      The last good checkpoint, as each of the others named it.
+    """
+    assert ended[victim].code == -signal.SIGKILL, ended
+    others = [process for process in ended if process is not ended[victim]]
+    if victim == 0:
+        assert all(process.code for process in others), ended
+        return []
+    said = r"error: process (\d) of (\d) is gone; last good checkpoint: step (\d+); to continue start all of them again"
+    found = [re.fullmatch(said, *process.messages) for process in others]
+    assert all(process.code == 1 for process in others) and all(found), ended
+    assert all(match.groups()[:2] == (str(victim), str(len(ended))) for match in found if match), ended
+    return [int(match[3]) for match in found if match]
