@@ -96,7 +96,7 @@ def test_two_runs_in_one_workdir(tmp_path, run_train):
 
 
 class HangingSource:
-    """Examples of another source; one read hangs until somebody has complained."""
+    """Examples of another source; all reads but the first 40, of 48 that the run needs, hang until somebody has complained."""
 
     def __init__(self, source):
         self.source, self.reads, self.reported = source, itertools.count(), threading.Event()
@@ -105,7 +105,7 @@ class HangingSource:
         return len(self.source)
 
     def __getitem__(self, index):
-        if next(self.reads) == 40:
+        if next(self.reads) >= 40:
             assert self.reported.wait(600)  # the loop may still compile
         return self.source[index]
 

@@ -64,9 +64,7 @@ class Ended(NamedTuple):
         return [line for line in self.err.splitlines() if line.startswith(("error: ", "warning: "))]
 
 
-def run_together(
-    workdir: Path, accidents: list[tuple[str, int]], *arguments: str, config: str = TINY
-) -> list[Ended]:
+def run_together(workdir: Path, accidents: list[tuple[str, int]], *arguments: str, config: str = TINY) -> list[Ended]:
     """One process per accident (step 0: none)."""
     port = free_port()
     processes = [
