@@ -1,4 +1,10 @@
-"""Parity and modular arithmetic: which mixers keep a state beyond the training length (arXiv 2411.12537, table 2)."""
+"""Formal languages: parity and modular arithmetic, which mixers keep a state beyond the training length.
+
+Claim (arXiv 2411.12537, table 2): parity needs negative eigenvalues, that is step sizes in (0, 2); modular arithmetic
+without brackets too; with brackets none of the models does well.
+
+Command: `python -m deltajax.sweep --config=experiments/formal_languages.py --jobs=2 --csv=docs/results/formal_languages.csv`
+TIME_RESULT"""
 
 from typing import Literal
 
@@ -7,7 +13,7 @@ from deltajax.layers import attention, delta
 from deltajax.layers import mixer as mixer_lib
 from deltajax.models import lm
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
-from deltajax.training.reports import Claim, Curves, Report, Table
+from deltajax.training.reports import Claim, Curves, Report, Table, told
 
 Mixer = Literal["deltanet", "deltanet_negative", "deltaproduct", "gated_deltaproduct", "attention"]
 
@@ -84,7 +90,7 @@ def get_report() -> Report:
 
     return Report(
         title="Formal languages: parity and modular arithmetic",
-        text=TEXT,
+        text=told(__doc__),
         claims=[
             Claim(
                 "Parity: accuracy 1.0 at 6 times the training length with beta in (0, 2), chance with beta in (0, 1).",
@@ -134,12 +140,6 @@ def get_report() -> Report:
     )
 
 
-TEXT = """
-Claim (arXiv 2411.12537, table 2): parity needs negative eigenvalues, that is step sizes in (0, 2); modular arithmetic
-without brackets too; with brackets none of the models does well.
-
-Command: `python -m deltajax.sweep --config=experiments/formal_languages.py --jobs=2 --csv=docs/results/formal_languages.csv`
-"""
 PUBLISHED = {
     "parity, deltanet": "0.017",
     "parity, deltanet_negative": "1.000",

@@ -1,4 +1,10 @@
-"""Language modelling at equal parameters and tokens: loss, and loss by position to 8 times the training context."""
+"""Language modelling at equal parameters and tokens: loss, and loss by position to 8 times the training context.
+
+Claim (arXiv 2406.06484, 2412.06464, 2502.10297): at equal size and tokens DeltaNet equals Transformer++, hybrids and gates
+are better than either, more Householder steps help, and gated models extrapolate best to longer contexts.
+
+Command: `python -m deltajax.sweep --config=experiments/language.py --jobs=2 --csv=docs/results/language.csv`
+TIME_RESULT"""
 
 import dataclasses
 from typing import Literal
@@ -8,7 +14,7 @@ from deltajax.layers import attention, delta
 from deltajax.layers import mixer as mixer_lib
 from deltajax.models import lm
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
-from deltajax.training.reports import Curves, Report, Table
+from deltajax.training.reports import Curves, Report, Table, told
 
 Model = Literal[
     "transformer",
@@ -90,7 +96,7 @@ def get_report() -> Report:
     """What `python -m deltajax.report` shows of `small`."""
     return Report(
         title="Language modelling at equal parameters and tokens",
-        text=TEXT,
+        text=told(__doc__),
         tables=[
             Table(
                 "Loss on the validation split, nats per byte.",
@@ -129,12 +135,6 @@ def get_report() -> Report:
     )
 
 
-TEXT = """
-Claim (arXiv 2406.06484, 2412.06464, 2502.10297): at equal size and tokens DeltaNet equals Transformer++, hybrids and gates
-are better than either, more Householder steps help, and gated models extrapolate best to longer contexts.
-
-Command: `python -m deltajax.sweep --config=experiments/language.py --jobs=2 --csv=docs/results/language.csv`
-"""
 PUBLISHED = {
     "transformer": "28.39",
     "deltanet": "28.24",

@@ -1,4 +1,11 @@
-"""State tracking: R Householder steps per token, accuracy against length (DeltaProduct, arXiv 2502.10297, section 5.1)."""
+"""State tracking: R Householder steps per token, accuracy against length.
+
+Claim (DeltaProduct, arXiv 2502.10297): one layer without convolution or gate tracks S3 with R = 2 steps per token, S4 and
+A5 with R = 2 (both are groups of rotations) and S5 with R = 4 beyond the training length; DeltaNet (R = 1) does not, and
+neither do step sizes in (0, 1).
+
+Command: `python -m deltajax.sweep --config=experiments/state_tracking.py --jobs=2 --csv=docs/results/state_tracking.csv`
+TIME_RESULT"""
 
 import itertools
 from typing import Literal
@@ -7,7 +14,7 @@ from deltajax.data import word_problem
 from deltajax.layers import delta
 from deltajax.models import lm
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule, TrainConfig
-from deltajax.training.reports import Claim, Curves, Report, Table
+from deltajax.training.reports import Claim, Curves, Report, Table, told
 
 STEPS = {"S3": 1000, "S4": 400, "A5": 400, "S5": 1000}
 
@@ -90,7 +97,7 @@ def get_report() -> Report:
     lengths = {"position": [32, 64, 128, 256]}
     return Report(
         title="State tracking: word problems of groups",
-        text=TEXT,
+        text=told(__doc__),
         claims=[
             Claim(
                 "S3: two steps per token are right for >= 0.99 of the tokens at 4 times the training length, one step fails.",
@@ -140,13 +147,6 @@ def get_report() -> Report:
     )
 
 
-TEXT = """
-Claim (DeltaProduct, arXiv 2502.10297): one layer without convolution or gate tracks S3 with R = 2 steps per token, S4 and
-A5 with R = 2 (both are groups of rotations) and S5 with R = 4 beyond the training length; DeltaNet (R = 1) does not, and
-neither do step sizes in (0, 1).
-
-Command: `python -m deltajax.sweep --config=experiments/state_tracking.py --jobs=2 --csv=docs/results/state_tracking.csv`
-"""
 PUBLISHED = {
     "S3, 2, 2.0": "holds to 512, trained at 128",
     "S5, 4, 2.0": "holds to about 256, trained at 128",

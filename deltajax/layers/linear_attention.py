@@ -18,12 +18,13 @@ from deltajax.ops.zero_state import zero_state
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Linear attention: `S <- exp(g) S + k v^T`, queries and keys normalised as for the delta rule.
+    """Linear attention: `S <- exp(g) S + k v^T; o = S^T q`, and a norm on o, in which the usual denominator cancels.
 
     Attributes:
       num_heads: H.
       head_dim: K, dimensions of queries and keys.
       value_head_dim: V; None: K.
+      feature_map: of queries and keys: "unit", SiLU and L2 norm as in DeltaNet, or "elu", elu + 1 (arXiv 2006.16236, eq. 7).
       gate: forget gate: None (arXiv 2006.16236), or one per head ("scalar", as Mamba-2's, arXiv 2405.21060).
       output_gate: None, or "silu": a gate on the normalised output.
       conv_width: taps of the short convolution on queries, keys and values; 0: none.
@@ -33,6 +34,7 @@ class Config:
     num_heads: int
     head_dim: int
     value_head_dim: int | None = None
+    feature_map: Literal["unit", "elu"] = "unit"
     gate: Literal["scalar"] | None = None
     output_gate: Literal["silu"] | None = None
     conv_width: int = 4
@@ -46,6 +48,8 @@ class Config:
         for name, allowed in (("gate", "scalar"), ("output_gate", "silu")):
             if getattr(self, name) not in (None, allowed):
                 raise ValueError(f"{name} must be none or {allowed}, got {getattr(self, name)!r}")
+        if self.feature_map not in ("unit", "elu"):
+            raise ValueError(f"feature_map must be unit or elu, got {self.feature_map!r}")
 
     @property
     def value_dim(self) -> int:
@@ -91,6 +95,11 @@ def init_state(config: Config, d_model: int, batch: int, max_length: int, dtype:
     return state
 
 
+def _features(x: Array, feature_map: str) -> Array:
+    """What queries and keys are turned into before they meet."""
+    return l2_norm(jax.nn.silu(x)) if feature_map == "unit" else jax.nn.elu(x) + 1
+
+
 def apply(
     params: dict,
     config: Config,
@@ -110,8 +119,9 @@ def apply(
         if config.conv_width:
             before = None if state is None else state[name]
             y, new_state[name] = conv.apply(weight[f"{name}_conv"], y, segment_ids=segment_ids, state=before)
-        mixed[name] = jax.nn.silu(y).reshape(batch, length, config.num_heads, -1)
-    q, k, v = l2_norm(mixed["q"]), l2_norm(mixed["k"]), mixed["v"]
+        mixed[name] = y.reshape(batch, length, config.num_heads, -1)
+    q, k = (_features(mixed[name], config.feature_map) for name in "qk")
+    v = jax.nn.silu(mixed["v"])
     g = gates.log_decay(params, x) if config.gate else None
     if state is not None and length == 1:
         now = (q[:, 0], k[:, 0], v[:, 0], None if g is None else g[:, 0])

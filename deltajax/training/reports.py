@@ -300,6 +300,11 @@ def _cell(values: Sequence[float], table: Table) -> str:
     return f"{median:.{digits}f}" + (f" ({best:.{digits}f}, n={number})" if number > 1 else " (n=1)")
 
 
+def told(docstring: str | None) -> str:
+    """An experiment's docstring without its first line, which is the section's title in other words."""
+    return (docstring or "").partition("\n")[2]
+
+
 def check(claim: Claim, rows: Sequence[Row]) -> str:
     """A line of Markdown: whether the claim holds, and on which numbers."""
     found = {}
