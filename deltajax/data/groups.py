@@ -1,6 +1,7 @@
 """Finite groups as multiplication tables, by name or by generators."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ class Group:
         return len(self.elements)
 
 
+@functools.lru_cache(maxsize=32)
 def group(name: str) -> Group:
     """The group of this name, or the one that these generators generate.
 
@@ -63,6 +65,7 @@ def generate(generators: Sequence[Permutation], name: str = "generators") -> Gro
     elements = tuple(sorted(found))
     index = {p: i for i, p in enumerate(elements)}
     table = np.array([[index[_then(a, b)] for b in elements] for a in elements], np.int32)
+    table.setflags(write=False)
     return Group(elements, table, tuple(index[tuple(g)] for g in generators))
 
 

@@ -50,13 +50,13 @@ def load(config: Config) -> Dataset:
     group = groups.group(config.group)
     n = len(group)
     letters = range(n) if config.letters == "elements" else group.generators
+    begin = [config.vocab_size - 1] * config.bos
     steps = group.table[:, list(letters)].tolist()  # [state][letter]
 
     def draw(length: int) -> generated.Draw:
         def make(rng: np.random.Generator) -> generated.Example:
             word = rng.integers(len(letters), size=length - config.bos).tolist()
             states = list(itertools.accumulate(word, lambda state, letter: steps[state][letter], initial=0))
-            begin = [config.vocab_size - 1] * config.bos
             made = generated.example([*begin, *word], {})
             made["targets"][:] = states if config.bos else states[1:]
             made["weights"][config.bos :] = 1

@@ -70,6 +70,14 @@ def test_generators_are_those_given():
     assert [group.elements[g] for g in group.generators] == [(1, 2, 0), (1, 0, 2)]
 
 
+def test_a_group_is_made_once_and_cannot_be_changed():
+    """Every example of a word problem asks for its group; making S5 anew took 18 ms, most of a training step."""
+    group = groups.group("S5")
+    assert groups.group("S5") is group
+    with pytest.raises(ValueError, match="read-only"):
+        group.table[0, 0] = 1
+
+
 @pytest.mark.parametrize("name", ["", "S", "S0", "Q8", "S7", "Z1001", "A4x", "(0 1", "(0 1)(1 2)", "(0 99999)", "5"])
 def test_bad_names(name):
     with pytest.raises(ValueError, match="group") as error:
