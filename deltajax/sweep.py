@@ -1,4 +1,4 @@
-"""Train every member of a grid: `python -m deltajax.sweep --config=experiments/parity.py --jobs=2`.
+"""Train every member of a grid: `python -m deltajax.sweep --config=experiments/state_tracking.py --jobs=2`.
 
 The grid is the experiment file's `get_grid()`, or made of flags: `--grid=config.seed=0,1,2 --grid=beta_max=1,2`. Names are
 arguments of the file's get_config(); names that begin with `config.` are keys of its config. All results go into one CSV,
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         path = values.config
         if not path:
-            raise ValueError("--config: an experiment file is missing, e.g. --config=experiments/parity.py")
+            raise ValueError("--config: an experiment file is missing, e.g. --config=experiments/state_tracking.py")
         workdir = Path(values.workdir or default_workdir(path))
         sweeps.run(
             sweeps.members(path, values.grid, changes),

@@ -4,7 +4,8 @@ Claim (arXiv 2411.12537, table 2): parity needs negative eigenvalues, that is st
 without brackets too; with brackets none of the models does well.
 
 Command: `python -m deltajax.sweep --config=experiments/formal_languages.py --jobs=2 --csv=docs/results/formal_languages.csv`
-TIME_RESULT"""
+Result: the section of RESULTS.md.
+"""
 
 from typing import Literal
 
@@ -85,9 +86,10 @@ def get_report() -> Report:
         "attention": "softmax attention",
     }
 
-    def at_end(mixer: str) -> dict:
-        return {"task": "parity", "mixer": mixer, "position": 240}
+    def at_end(mixer: str, task: str = "parity") -> dict:
+        return {"task": task, "mixer": mixer, "position": 240}
 
+    prefixes = ["parity", "arithmetic"]  # the tasks that ask after every prefix, so that a position is a length
     return Report(
         title="Formal languages: parity and modular arithmetic",
         text=told(__doc__),
@@ -98,12 +100,10 @@ def get_report() -> Report:
                 lambda two, one: two >= 0.9995 and abs(one - 0.5) < 0.05,
             ),
             Claim(
-                "Modular arithmetic without brackets: beta in (0, 2) is more accurate than beta in (0, 1) on strings up to 240.",
-                {
-                    name: {"task": "arithmetic", "mixer": mixer, "set": "length_241"}
-                    for name, mixer in (("(0, 2)", "deltanet_negative"), ("(0, 1)", "deltanet"))
-                },
-                lambda two, one: two > one + 0.05,
+                "Modular arithmetic without brackets: accuracy >= 0.9 at 6 times the training length with beta in (0, 2), not "
+                "with beta in (0, 1).",
+                {"(0, 2)": at_end("deltanet_negative", "arithmetic"), "(0, 1)": at_end("deltanet", "arithmetic")},
+                lambda two, one: two >= 0.9 and one < 0.6,
             ),
         ],
         tables=[
@@ -120,7 +120,7 @@ def get_report() -> Report:
                 "Accuracy of the 8 lengths up to each.",
                 ["task", "mixer"],
                 ["position"],
-                where={"position": [40, 80, 160, 240]},
+                where={"task": prefixes, "position": [40, 80, 160, 240]},
                 labels={**names, "position": "length"},
             ),
         ],
@@ -132,6 +132,7 @@ def get_report() -> Report:
                 "accuracy",
                 ["mixer"],
                 panel=["task"],
+                where={"task": prefixes},
                 marks={40: "training length"},
                 labels=names,
             )
@@ -149,9 +150,13 @@ PUBLISHED = {
     "brackets, deltanet_negative": "0.260",
 }
 NOTES = [
+    "With brackets the value 0 is the most frequent by far, because products are often 0: who always answers 0 is right for"
+    " 46 % of this evaluation set, a scaled accuracy of 0.20. That is the level to compare with, not the random guess.",
+    "One seed of the arithmetics; three of parity. Strings with brackets have lengths from 3 on, so 18 % of them are no "
+    "longer than in training.",
     "The paper's figures are the best of 3 on strings of 40 to 256 symbols; ours count every length up to 240 alike.",
-    "`paper` (2 layers, 3 for the arithmetics, 4 heads, width 128, batches of 1024, 100,000 steps, one answer per string) was "
-    "not run.",
-    "`small` differs: parity in one layer without convolution, the arithmetics modulo 3 in two layers; width 64, batches of "
-    "64, Muon, 300 and 1,000 steps; the answer is asked for after every prefix that has one, except with brackets.",
+    "`paper` (2 layers, 3 for the arithmetics, 4 heads, width 128, batches of 1024, 100,000 steps, one answer per string) "
+    "was not run.",
+    "`small` differs: parity in one layer without convolution, the arithmetics modulo 3 in two layers; width 64, batches of"
+    " 64, Muon, 300 and 1,000 steps; the answer is asked for after every prefix that has one, except with brackets.",
 ]

@@ -65,13 +65,15 @@ def load(config: Config) -> Dataset:
     """
     digits = 2 if config.task == "parity" else config.modulus
 
+    ids = {symbol: i for i, symbol in enumerate(config.symbols)}
+
     def draw(length: int) -> generated.Draw:
-        return functools.partial(_example, config, length)
+        return functools.partial(_example, config, ids, length)
 
-    return generated.dataset(config, draw, vocab_size=len(config.symbols), chance=1 / digits)
+    return generated.dataset(config, draw, vocab_size=len(ids), chance=1 / digits)
 
 
-def _example(config: Config, length: int, rng: np.random.Generator) -> generated.Example:
+def _example(config: Config, ids: dict[str, int], length: int, rng: np.random.Generator) -> generated.Example:
     longest = length - 1
     size = longest if config.every_prefix else int(rng.integers(config.min_length, longest + 1))
     text, values = {"parity": _parity, "arithmetic": _arithmetic, "brackets": _brackets}[config.task](
@@ -79,7 +81,7 @@ def _example(config: Config, length: int, rng: np.random.Generator) -> generated
     )
     answers = {i: v for i, v in values.items() if config.every_prefix or i == len(text) - 1}
     answers = answers if config.every_prefix else {len(text): answers[len(text) - 1]}
-    tokens = [config.symbols.index(c) for c in (text + "=").ljust(length, ".")]
+    tokens = [ids[c] for c in (text + "=").ljust(length, ".")]
     return generated.example(tokens, answers)
 
 

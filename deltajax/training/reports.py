@@ -58,7 +58,7 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of medians over members that differ in nothing shown, with the best in brackets.
+    """A table of medians over members that differ in nothing shown, with the worst and the best in brackets.
 
     Attributes:
       caption: what is seen.
@@ -234,6 +234,12 @@ def draw(figure: Curves, rows: Sequence[Row], path: Path) -> None:
             getattr(axis, f"set_{which}scale")("log", base=2 if which == "x" else 10)
         if figure.y == "accuracy":
             axis.set_ylim(-0.03, 1.03)
+            members = {member(row) for row in here}
+            chance = [float(row["value"]) for row in rows if row["metric"] == "chance" and member(row) in members]
+            if chance:
+                axis.axhline(
+                    statistics.median(chance), color="gray", linewidth=0.8, linestyle="--", label="random guess"
+                )
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel(figure.y)
@@ -264,9 +270,15 @@ def tabulate(table: Table, rows: Sequence[Row]) -> str:
     if table.scaled:
         scaled = []
         for row in chosen:
+            if member(row) not in chance:
+                raise ValueError(
+                    f"no level of chance is known of {', '.join(member(row))}: its accuracy cannot be scaled"
+                )
             by_chance = chance[member(row)]
             scaled.append({**row, "value": str((float(row["value"]) - by_chance) / (1 - by_chance))})
         chosen = scaled
+    if not chosen:
+        return "No numbers."
     lines = list(group(chosen, table.rows))
     columns = list(group(chosen, table.columns)) or [()]
     cells = group(chosen, [*table.rows, *table.columns])
@@ -293,11 +305,14 @@ def _chances(chosen, chance, columns):
 
 
 def _cell(values: Sequence[float], table: Table) -> str:
-    if not values:
-        return "not run"
-    median, best = statistics.median(values), max(values) if table.better == "high" else min(values)
-    digits, number = table.digits, len(values)
-    return f"{median:.{digits}f}" + (f" ({best:.{digits}f}, n={number})" if number > 1 else " (n=1)")
+    return _summary(values, table.digits, table.better) if values else "not run"
+
+
+def _summary(values: Sequence[float], digits: int, better: str = "high") -> str:
+    """The median, and from the worst to the best."""
+    worst, best = sorted((min(values), max(values)), reverse=better == "low")
+    spread = f"{worst:.{digits}f} to {best:.{digits}f}, " if len(values) > 1 else ""
+    return f"{statistics.median(values):.{digits}f} ({spread}n={len(values)})"
 
 
 def told(docstring: str | None) -> str:
@@ -307,19 +322,20 @@ def told(docstring: str | None) -> str:
 
 def check(claim: Claim, rows: Sequence[Row]) -> str:
     """A line of Markdown: whether the claim holds, and on which numbers."""
-    found = {}
+    found: dict[str, list[float]] = {}
     for name, where in claim.values.items():
         values = [float(row["value"]) for row in select(rows, {"metric": claim.metric, "step": "last"} | dict(where))]
         if not values:
             return f"- **Not run.** {claim.text} (no numbers for {name})"
-        found[name] = statistics.median(values)
-    verdict = "Shown." if claim.holds(*found.values()) else "**Not shown.**"
-    return f"- {verdict} {claim.text} Medians: {', '.join(f'{k} {v:.4f}' for k, v in found.items())}."
+        found[name] = values
+    verdict = "Shown." if claim.holds(*map(statistics.median, found.values())) else "**Not shown.**"
+    return f"- {verdict} {claim.text} Medians: {', '.join(f'{k} {_summary(v, 4)}' for k, v in found.items())}."
 
 
 def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: Path) -> str:
     """The section in Markdown; its figures are written to `folder`."""
     parts = [f"## {report.title}", report.text.strip()]
+    _check_columns(report, rows, name)
     failed = {member(row) for row in rows if row["status"] != "complete"}
     complete = {member(row) for row in rows if row["status"] == "complete"}
     table = os.path.relpath(folder / f"{name}.csv", page.parent)
@@ -329,7 +345,7 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
     if report.claims:
         parts.append("\n".join(check(claim, rows) for claim in report.claims))
     for shown in report.tables:
-        parts += [f"{shown.caption} Median over seeds (best, number of seeds).", tabulate(shown, rows)]
+        parts += [f"{shown.caption} Median over seeds (worst to best, number of seeds).", tabulate(shown, rows)]
     for comparison in report.comparisons:
         parts += [comparison.caption, paired.tabulate(comparison, rows)]
         path = folder / f"{name}_{comparison.name}.png"
@@ -354,10 +370,25 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
     return "\n\n".join(parts)
 
 
+def _check_columns(report: Report, rows: Sequence[Row], name: str) -> None:
+    """A misspelt column would match nothing, and read as if nothing had been run."""
+    asked: list[str] = [column for claim in report.claims for where in claim.values.values() for column in where]
+    for table in report.tables:
+        asked += [*table.rows, *table.columns, *table.where]
+    for figure in report.figures:
+        asked += [figure.x, *figure.line, *figure.panel, *figure.where]
+    known = {column for row in rows for column in row}
+    unknown = next((column for column in asked if column not in known), None)
+    if rows and unknown is not None and not report.also:
+        raise ValueError(f"{name}.csv has no column {unknown!r} (it has {', '.join(rows[0])})")
+
+
 HEAD = """# Results
 
-Written by `python -m deltajax.report` from the tables in `docs/results`, each of which one command made; do not edit. Where a
-section says nothing else, its runs are the `small` ones, on 2 CPU cores of a shared machine.
+Written by `python -m deltajax.report` from the tables in `docs/results`, which the commands of each section make (some in
+parts, joined member by member); do not edit. Where a section says nothing else, its runs are the `small` ones, on 2 CPU cores
+of a shared machine, and seeds are those of the initial parameters: data, their order and the sets for evaluation are the same
+for all. A claim is judged by medians; the range and the number of runs stand beside them, and a single run (n=1) shows little.
 """
 
 

@@ -28,6 +28,7 @@ from deltajax.training.config import TrainConfig, call, load_config, load_experi
 
 COLUMNS = ("status", "step", "set", "position", "metric", "value")  # after one column per setting
 CONFIG = "config."
+CONFIG_FILE = "member.json"  # in a member's folder: the config that its run was started with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,12 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
     file, arguments = split_arguments(path)
     module = load_experiment(file)
     if grid:
-        tables: Any = dict(_parse_grid(text) for text in grid)
+        given = [_parse_grid(text) for text in grid]
+        tables: Any = dict(given)
+        names = [name.removeprefix(CONFIG) for name, _ in given]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"--grid: {twice} is given twice; its values are joined by commas")
     else:
         takes = _parameters(module, "get_grid")
         tables = call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path)
@@ -75,10 +81,10 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
         arguments = {k: v for k, v in arguments.items() if k not in takes or k in _parameters(module, "get_config")}
     found = []
     for settings in _products([tables] if isinstance(tables, Mapping) else tables):
-        given = arguments | {k: v for k, v in settings.items() if not k.startswith(CONFIG)}
+        of_file = arguments | {k: v for k, v in settings.items() if not k.startswith(CONFIG)}
         keys = {k.removeprefix(CONFIG): v for k, v in settings.items() if k.startswith(CONFIG)}
         keys = dict(changes or {}) | keys
-        of_member = file + (":" + ",".join(f"{k}={v}" for k, v in given.items()) if given else "")
+        of_member = file + (":" + ",".join(f"{k}={v}" for k, v in of_file.items()) if of_file else "")
         found.append(Member(settings, of_member, keys, overrides.apply(load_config(of_member), keys)))
     names = [member.name for member in found]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -111,10 +117,15 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
     """Train the members that are not complete, `jobs` at a time, and keep `table` up to date.
 
     Raises:
+      ValueError: the table is a folder, or a member's folder holds a run of another config; nothing was trained.
       RunError: interrupted, or some members failed; all others are complete by then.
     """
+    if table.is_dir():
+        raise ValueError(f"--csv={table}: must be a file, is a folder")
     table.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(workdir):
+        for member in found:
+            _check_folder(member, workdir / member.name)
         waiting = [member for member in found if not _is_complete(member, workdir)]
         print(f"{len(found)} members, {len(found) - len(waiting)} of them complete; results in {table}", flush=True)
         failures: dict[str, str] = {}
@@ -170,6 +181,9 @@ class Worker:
         """Run `deltajax.train` to its end; None, or why it failed."""
         folder = self._workdir / member.name
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(serialize.to_json(member.config)))
+        if self._process is not None and self._process.returncode is not None:
+            self._process = None  # it was killed between two members
         flags = [f"--config={member.path}", f"--workdir={folder}"]
         flags += [f"--config.{key}={value}" for key, value in member.changes.items()]
         process = self._process = self._process or await self._start()
@@ -177,7 +191,6 @@ class Worker:
         process.stdin.write(json.dumps({"log": str(folder / "log.txt"), "flags": flags}).encode() + b"\n")
         answer = await process.stdout.readline()
         if answer.strip() == b"0":
-            (folder / "member.json").write_text(json.dumps(serialize.to_json(member.config)))
             return None
         if not answer:
             self._process = None
@@ -223,13 +236,25 @@ def _share(jobs: int) -> list[set[int] | None]:
     return [set(cores[i * each : (i + 1) * each]) if each else {cores[i % len(cores)]} for i in range(jobs)]
 
 
-def _is_complete(member: Member, workdir: Path) -> bool:
-    """Whether a run with this very config ended."""
-    folder = workdir / member.name
+def _check_folder(member: Member, folder: Path) -> None:
+    """Refuse to go on with a run of another config: its numbers would stand under this one."""
     try:
-        return json.loads((folder / "member.json").read_text()) == serialize.to_json(member.config) and bool(
-            json.loads((folder / "summary.json").read_text())
-        )
+        stored = json.loads((folder / CONFIG_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return  # nothing is there, or a sweep was killed before it trained anything
+    try:
+        before = serialize.from_json(stored)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        before = None  # of a version with other fields
+    if before != member.config:
+        what = serialize.differences(before, member.config)[0] if before is not None else "it cannot be read"
+        raise ValueError(f"{folder} holds a run of another config ({what}); take another --workdir, or remove it")
+
+
+def _is_complete(member: Member, workdir: Path) -> bool:
+    """Whether its run, which `_check_folder` has found to be of this config, ended."""
+    try:
+        return bool(json.loads((workdir / member.name / "summary.json").read_text()))
     except (FileNotFoundError, ValueError):
         return False
 
@@ -238,6 +263,7 @@ def _describe(folder: Path) -> str:
     summary = json.loads((folder / "summary.json").read_text())
     scores = {k: v for k, v in summary.items() if k.startswith("validation_")}
     scores |= {f"{name} {k}": v for name, of in summary.get("evaluations", {}).items() for k, v in of.items()}
+    scores |= {"chance": summary["chance"]} if "chance" in summary else {}
     return ", ".join(f"{k.removeprefix('validation_')} {v:.4f}" for k, v in scores.items() if "loss" not in k) or (
         f"loss {summary['validation_loss']:.4f}"
     )
@@ -258,8 +284,12 @@ def write_table(
             if member.name in failures:
                 rows.writerow([*settings, f"failed: {failures[member.name]}", "", "", "", "", ""])
             elif _is_complete(member, workdir):
-                for row in results(member, workdir / member.name, bins):
-                    rows.writerow([*settings, "complete", *row])
+                try:
+                    lines = list(results(member, workdir / member.name, bins))
+                except RunError as error:
+                    rows.writerow([*settings, f"failed: {error}", "", "", "", "", ""])
+                else:
+                    rows.writerows([*settings, "complete", *line] for line in lines)
     os.replace(temporary, table)
 
 

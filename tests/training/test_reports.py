@@ -37,17 +37,17 @@ def test_table_has_medians_best_chance_and_the_papers_figures(rows):
     assert reports.tabulate(table, rows).splitlines() == [
         "| mixer | validation | random guess | paper |",
         "|---|---|---|---|",
-        "| DeltaNet | 0.950 (1.000, n=3) | 0.250 | 0.99 |",
-        "| linear | 0.300 (0.500, n=3) | 0.250 |  |",
+        "| DeltaNet | 0.950 (0.900 to 1.000, n=3) | 0.250 | 0.99 |",
+        "| linear | 0.300 (0.250 to 0.500, n=3) | 0.250 |  |",
     ]
     named = reports.tabulate(Table("", ["mixer"], [], where={"set": "validation"}, published={"delta": "0.99"}), rows)
-    assert "| delta | 0.950 (1.000, n=3) | 0.250 | 0.99 |" in named
+    assert "| delta | 0.950 (0.900 to 1.000, n=3) | 0.250 | 0.99 |" in named
 
 
 def test_scaled_accuracy_is_zero_at_chance(rows):
     text = reports.tabulate(Table("", ["mixer"], [], where={"set": "validation"}, scaled=True), rows)
-    assert "| delta | 0.933 (1.000, n=3) | 0.000 |" in text  # (0.95 - 0.25) / 0.75
-    assert "| linear | 0.067 (0.333, n=3) | 0.000 |" in text
+    assert "| delta | 0.933 (0.867 to 1.000, n=3) | 0.000 |" in text  # (0.95 - 0.25) / 0.75
+    assert "| linear | 0.067 (0.000 to 0.333, n=3) | 0.000 |" in text
 
 
 def test_a_cell_without_runs_says_so(rows):
@@ -56,15 +56,28 @@ def test_a_cell_without_runs_says_so(rows):
     assert "not run" in text
 
 
+def test_a_table_without_rows_says_so_and_a_misspelt_column_is_an_error(rows, tmp_path):
+    assert reports.tabulate(Table("", ["mixer"], ["set"], where={"set": "length_9"}), rows) == "No numbers."
+    report = reports.Report("T", "", tables=[Table("", ["mixr"], [])])
+    with pytest.raises(ValueError, match=r"x\.csv has no column 'mixr' \(it has mixer, seed, status"):
+        reports.section(report, rows, "x", tmp_path, tmp_path / "page.md")
+    unscaled = [row for row in rows if row["metric"] != "chance"]
+    with pytest.raises(ValueError, match="no level of chance is known of delta, 0"):
+        reports.tabulate(Table("", ["mixer"], [], where={"set": "validation"}, scaled=True), unscaled)
+
+
 def test_lower_is_better_where_it_is(rows):
-    assert "| delta | 0.950 (0.900, n=3) |" in reports.tabulate(
+    assert "| delta | 0.950 (1.000 to 0.900, n=3) |" in reports.tabulate(
         Table("", ["mixer"], [], where={"set": "validation"}, better="low"), rows
     )
 
 
 @pytest.mark.parametrize(
     "threshold, verdict",
-    [(0.9, "- Shown. C Medians: ours 0.9500, theirs 0.0750."), (0.99, "- **Not shown.** C Medians: ours")],
+    [
+        (0.9, "- Shown. C Medians: ours 0.9500 (0.9000 to 1.0000, n=3), theirs 0.0750 (0.0625 to 0.1250, n=3)."),
+        (0.99, "- **Not shown.** C Medians: ours"),
+    ],
 )
 def test_a_claim_is_judged_by_the_numbers(rows, threshold, verdict):
     values = {
@@ -155,7 +168,7 @@ def test_page_of_all_experiments(tmp_path, capsys, rows):
     assert report.main(["report", *arguments]) == 0
     text = page.read_text()
     assert "6 runs, [all their numbers](docs/results/recall.csv); 1 failed." in text
-    assert "- Shown. It works. Medians: delta 0.9500." in text
+    assert "- Shown. It works. Medians: delta 0.9500 (0.9000 to 1.0000, n=3)." in text
     assert "](docs/results/recall_length.png)" in text
     assert (results / "recall_length.png").stat().st_size > 5000
     assert "Not run: there is no `later.csv`." in text

@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -90,10 +91,49 @@ def test_only_what_is_not_complete_is_done_again(swept, monkeypatch, capfd):
     assert trained == ["group=S3,learning_rate=1e+30"]
     complete = [line for line in before.splitlines() if "failed" not in line]
     assert [line for line in (workdir / "again.csv").read_text().splitlines() if "failed" not in line] == complete
-    trained.clear()
-    with pytest.raises(Exception, match="3 of 3 members failed"):  # another config is another run
-        sweeps.run(sweeps.members(FILE, changes={"steps": "5"}), workdir, workdir / "again.csv")
-    assert len(trained) == 3
+
+
+def test_a_folder_of_another_config_is_refused_and_kept(swept, capfd):
+    """Its run is complete, and would otherwise stand in the table under a config that it never had."""
+    _, workdir = swept
+    before = (workdir / "results.csv").read_text()
+    arguments = ["sweep", f"--config={FILE}", f"--workdir={workdir}", "--config.optimizer.learning_rate=1e-5"]
+    assert sweep.main(arguments) == 2
+    said = capfd.readouterr().err
+    assert "holds a run of another config (optimizer.learning_rate: 0.01 -> 1e-05); take another --workdir" in said
+    assert (workdir / "results.csv").read_text() == before
+
+
+def test_a_member_that_is_killed_leaves_the_others(tmp_path, monkeypatch):
+    """A worker that dies in a member takes that one along; one that dies between two members takes none."""
+    found = sweeps.members(f"{FILE}:rates=1")
+
+    async def kill_in_the_first_and_after_the_second():
+        worker = sweeps.Worker(tmp_path, None)
+        try:
+            first = asyncio.create_task(worker.train(found[0]))
+            while worker._process is None:
+                await asyncio.sleep(0.01)
+            worker._process.kill()
+            assert await first == "its process ended by SIGKILL"
+            assert await worker.train(found[0]) is None
+            worker._process.kill()
+            await worker._process.wait()
+            return await worker.train(found[1])
+        finally:
+            await worker.close()
+
+    assert asyncio.run(kill_in_the_first_and_after_the_second()) is None
+
+
+def test_a_damaged_member_does_not_stop_the_table(swept, tmp_path):
+    found = sweeps.members(FILE)
+    for member in found:
+        shutil.copytree(swept[1] / member.name, tmp_path / member.name, ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / found[0].name / "metrics.jsonl").write_text("not json\n" * 3)
+    sweeps.write_table(found, tmp_path, tmp_path / "table.csv", {})
+    statuses = {row["group"]: row["status"] for row in read(tmp_path / "table.csv")}
+    assert statuses["S3"].startswith("failed: ") and list(statuses.values())[-1] == "complete"
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch, capfd):
@@ -134,6 +174,9 @@ def test_grids_of_flags_and_files():
         (["--grid=grup=S3"], "get_config() takes no 'grup' (arguments: group, learning_rate)"),
         (["--grid=learning_rate=fast"], "learning_rate=fast: must be a number"),
         (["--grid=group=Q8"], "group must be"),
+        (["--grid=group=S3", "--grid=group=S4"], "--grid: group is given twice"),
+        (["--grid=config.seed=1", "--grid=seed=2"], "--grid: seed is given twice"),
+        (["--csv=."], "--csv=.: must be a file, is a folder"),
         (["--grid=config.steps=1", "--jobs=0"], "jobs"),
     ],
 )
