@@ -8,7 +8,7 @@ Result: the section of RESULTS.md.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from deltajax import data
 from deltajax.layers import attention, delta
@@ -105,7 +105,10 @@ def get_report() -> Report:
     def last(model: str, **where) -> dict:
         return {"model": model, "set": "validation"} | where
 
-    widths = ", ".join(f"{name} {get_config(model=model).model.mlp_dim}" for model, name in NAMES.items())
+    widths = ", ".join(
+        f"{name} {get_config(model=model).model.mlp_dim}"
+        for model, name in zip(get_args(Model), NAMES.values(), strict=True)
+    )
     return Report(
         title="Language modelling at equal parameters and tokens",
         text=told(__doc__),

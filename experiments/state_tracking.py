@@ -164,7 +164,7 @@ NOTES = [
     "tokens: "
     + ", ".join(f"{group} {steps:,}" for group, steps in STEPS.items())
     + ". S3 has all 6 elements as letters, as in the paper. S4, A5 and S5 have two generators as letters, a task that is "
-    "learned in a few hundred steps where all 24, 60 or 120 elements are not; the states to be tracked are the same. No curriculum "
-    "over length was used.",
+    "learned in a few hundred steps where all 24, 60 or 120 elements are not; the states to be tracked are the same. No "
+    "curriculum over length was used.",
     "A beginning token stands before every word: without it the state is empty when the first letter comes.",
 ]
