@@ -37,6 +37,7 @@ print(json.dumps({
     "other_GiB": round(report.temporary / rehearsal.GIB, 3),
     "chip_GiB": round(rehearsal.CHIPS[report.kind].memory / rehearsal.GIB, 2),
     "collectives": " ".join(f"{kind}={size / 1e6:.0f}MB" for kind, (_, size) in sorted(report.collectives.items())),
+    "in_background": round(report.background, 2),
     "Mcycles": round(report.cycles / 1e6, 1),
     "seconds": round(report.seconds, 4),
     "tokens_per_second": round(report.per_second),

@@ -4,6 +4,7 @@ Prints parameters, memory of a device, collectives, the compiler's estimate of t
 Without --topology: for the devices of this machine. TPUs need `pip install libtpu`, no TPU.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_string("save", None, "file for the executable, for deltajax.train --executable", flag_values=values)
 
     def action(changes: dict[str, str]) -> None:
+        if values.topology:
+            os.environ.setdefault(
+                "TPU_SKIP_MDS_QUERY", "1"
+            )  # where libtpu is installed JAX looks for a TPU when it is imported
         from deltajax.training import overrides, rehearsal
         from deltajax.training.config import load_config
 
@@ -61,6 +66,8 @@ def describe(report: "Report") -> str:
     ]
     for kind, (count, size) in sorted(report.collectives.items()):
         lines.append(f"travels  {kind}: {count} a step, {size / 1e6:,.1f} MB a device")
+    if report.collectives:
+        lines.append(f"beside   {report.background:.0%} of these bytes travel while something is computed")
     if report.cycles and chip:
         lines.append(
             f"time     {report.cycles / 1e6:,.1f} M cycles, {report.seconds:.3f} s a step without waiting for others: at most "

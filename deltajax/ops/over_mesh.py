@@ -55,7 +55,7 @@ def over_mesh(f: Callable, layouts: tuple[str, ...], out: str, *, check_vma: boo
             mesh=mesh,
             in_specs=tuple(None if x is None else spec(layout) for x, layout in zip(arrays, layouts, strict=True)),
             out_specs=spec(out),
-            axis_names=set(free),
+            axis_names=set(_auto_axes(mesh)),  # those of one device too: Mosaic kernels want all of a mesh or none
             check_vma=check_vma,
         )(*arrays)
 
@@ -84,8 +84,12 @@ def _axes_used(mesh: Any, arrays: list[tuple[Array, str]]) -> dict[str, tuple[st
 
 def _free_axes(mesh: Any) -> tuple[str, ...]:
     """Axes of more than one device that no surrounding shard_map has taken."""
+    return tuple(name for name in _auto_axes(mesh) if mesh.shape[name] > 1)
+
+
+def _auto_axes(mesh: Any) -> tuple[str, ...]:
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in types if kind == AxisType.Auto and mesh.shape[name] > 1)
+    return tuple(name for name, kind in types if kind == AxisType.Auto)
 
 
 def tokens_before(x: Array, count: int, axis: str) -> Array:

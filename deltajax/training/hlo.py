@@ -19,6 +19,7 @@ class Op:
       times: how often one run of the program executes it; loops without a known count count once.
       bytes: of its result.
       cycles: that the compiler expects of one execution; None: it says nothing.
+      background: a collective that runs beside other instructions.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Op:
     times: int
     bytes: float
     cycles: int | None
+    background: bool = False
 
 
 def ops(text: str) -> list[Op]:
@@ -35,6 +37,12 @@ def ops(text: str) -> list[Op]:
     found: list[Op] = []
 
     channels: set[str] = set()  # a collective in the background is written down once per op that it runs beside
+    beside = {
+        channel
+        for name, lines in computations.items()
+        if "async_collective_fusion" in name  # the TPU compiler's name for such an op
+        for channel in re.findall(r"channel_id=(\d+)", "\n".join(lines))
+    }
 
     def visit(name: str, times: int, inside: bool) -> None:
         for line in computations.get(name, ()):
@@ -44,7 +52,7 @@ def ops(text: str) -> list[Op]:
             channel = re.search(r"channel_id=(\d+)", line)
             if op.kind in COLLECTIVES and channel:
                 if channel[1] not in channels:
-                    found.append(op)
+                    found.append(dataclasses.replace(op, background=op.background or channel[1] in beside))
                 channels.add(channel[1])
             elif not inside:
                 found.append(op)
@@ -76,6 +84,7 @@ def _parse(line: str, times: int) -> Op | None:
     name, shapes, kind = match.groups()
     if kind.endswith("-done") or kind == "async-update":
         return None
+    background = kind.endswith("-start")
     source = re.search(r'op_name="([^"]*)"', line)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
     kind = kind.removesuffix("-start")
@@ -89,6 +98,7 @@ def _parse(line: str, times: int) -> Op | None:
         times=times,
         bytes=_result_bytes(kind, line, shapes),
         cycles=int(cycles[1]) if cycles else None,
+        background=background,
     )
 
 

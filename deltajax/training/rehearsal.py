@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import pickle
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from deltajax.training.config import TrainConfig
 from deltajax.training.step import Step
 
 GIB = 2**30
+EXAMPLES = "v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:2x2x1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Report:
       batch, unit: targets in a global batch, and what they are ("tokens").
       state, temporary: bytes of what lives between steps; of everything else at the worst moment.
       collectives: kind -> (executions, bytes of their results).
+      background: of all these bytes, the part that travels while something is computed.
       cycles: that the compiler expects, without waiting for other devices; 0: it says nothing (CPU, GPU).
       costly: the most expensive operations of JAX: (share of the cycles, where in the program).
     """
@@ -74,6 +77,7 @@ class Report:
     state: float
     temporary: float
     collectives: dict[str, tuple[int, float]]
+    background: float
     cycles: int
     costly: list[tuple[float, str]]
 
@@ -101,18 +105,25 @@ def devices_of(topology: str, slices: int = 1) -> list[Any]:
       ValueError: there is no such topology.
       RunError: the TPU compiler is not installed.
     """
+    if not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*)+", topology):  # libtpu dies of v5e:0x0
+        raise ValueError(f"--topology={topology}: must be a generation and a shape such as {EXAMPLES}")
     # Read when libtpu is loaded: it is not to look for a TPU, nor to write logs.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "TPU_LOG_DIR": "disabled"}
-    os.environ |= {"TPU_MIN_LOG_LEVEL": "3", **quiet, **os.environ}
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    os.environ |= {
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        **quiet,
+        **os.environ,
+    }
     try:
         more = {"num_slices": slices} if slices > 1 else {}
         return list(topologies.get_topology_desc(topology, platform="tpu", **more).devices)
     except Exception as error:  # the plug-in raises what it likes
-        if importlib.util.find_spec("libtpu") is None:
+        if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
             raise RunError(f"--topology={topology} needs the TPU compiler: pip install libtpu") from None
-        example = "v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:2x2x1"
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--topology={topology}: must be one that libtpu knows, e.g. {example} ({reason})") from None
+        raise ValueError(f"--topology={topology}: must be one that libtpu knows, e.g. {EXAMPLES} ({reason})") from None
 
 
 def rehearse(config: TrainConfig, devices: list[Any] | None = None) -> tuple[Report, Any]:
@@ -156,6 +167,7 @@ def rehearse(config: TrainConfig, devices: list[Any] | None = None) -> tuple[Rep
         state=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         collectives=collectives,
+        background=in_background(ops),
         cycles=cycles,
         costly=[(n / cycles, source) for source, n in costs.most_common(8) if cycles],
     ), compiled
@@ -185,6 +197,12 @@ def summarise(ops: list[hlo.Op]) -> tuple[dict[str, tuple[int, float]], collecti
         if op.cycles:
             costs[op.source or f"({op.kind} of the compiler)"] += op.cycles * op.times
     return collectives, costs
+
+
+def in_background(ops: list[hlo.Op]) -> float:
+    """Of the bytes that travel between devices, the part that does so while something is computed."""
+    travels = [(op.times * op.bytes, op.background) for op in ops if op.kind in hlo.COLLECTIVES]
+    return sum(size for size, beside in travels if beside) / max(sum(size for size, _ in travels), 1)
 
 
 def remedies(config: TrainConfig, step: Step) -> list[str]:

@@ -18,8 +18,8 @@ from deltajax.ops import delta_product
 CASES = {
     "no gate": (8, "chunked", 1, 1, 1, None, 2.0, 0.95, False),
     "scalar gate": (8, "chunked", 4, 1, 2, "scalar", 2.0, 0.5, True),
-    "channel gate, three devices": (3, "chunked", 2, 2, 2, "channel", None, 0.0, True),
-    "kernels": (8, "pallas_tpu", 1, 1, 2, "scalar", 2.0, 0.5, True),
+    "channel gate, three devices": (3, "chunked", 3, 2, 2, "channel", None, 0.0, True),
+    "kernels": (8, "pallas_tpu", 2, 1, 2, "scalar", 2.0, 0.5, True),
     "one device": (1, "chunked", 1, 1, 1, None, 2.0, 0.95, False),
 }
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -52,6 +53,10 @@ def test_loops_and_collectives_are_counted():
     collectives, costs = rehearsal.summarise(hlo.ops(PROGRAM))
     assert collectives == {"all-gather": (25, 24 * 8 * 8 * 2 + 16 * 8 * 4), "all-reduce": (1, 4 + 12)}
     assert costs == {"jit(f)/mul": 2400, "(all-reduce of the compiler)": 7}
+    started, all_bytes = 16 * 8 * 4, sum(size for _, size in collectives.values())
+    assert rehearsal.in_background(hlo.ops(PROGRAM)) == pytest.approx(started / all_bytes)
+    renamed = PROGRAM.replace("%body", "%async_collective_fusion.1")  # all that is in a computation of this name
+    assert rehearsal.in_background(hlo.ops(renamed)) == pytest.approx((all_bytes - 16) / all_bytes)
 
 
 def test_text_of_a_real_program():
@@ -128,13 +133,44 @@ def test_what_does_not_fit_is_told_what_to_change(tiny_config, monkeypatch):
     assert "Change config.model.remat to full" in message
 
 
+@pytest.mark.tpu_compile
+def test_two_slices_of_a_pod():
+    """Data over two slices, weights and tokens over each, the kernels in between: the TPU compiler takes the train step."""
+    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2, "data.seq_len": 512, "optimizer.name": "adamw"} | {
+        "model.pattern": "delta",
+        "model.mixers.delta.implementation": "pallas_tpu",
+        "model.d_model": 1024,  # the compiler lets what is smaller travel by itself
+    }
+    flags = ["--topology=v5e:2x2", "--slices=2", *(f"--config.{key}={value}" for key, value in changes.items())]
+    done = subprocess.run(
+        [sys.executable, "-m", "deltajax.rehearse", f"--config={TINY}", *flags],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "devices  8 x TPU v5 lite; mesh data=2, fsdp=2, sequence=2, tensor=1\n" in done.stdout
+    assert re.search(r"memory   0\.\d\d of 15\.75 GiB a device", done.stdout)
+    for kind in ("all-gather", "reduce-scatter", "collective-permute"):  # weights, their gradients, states
+        assert f"travels  {kind}: " in done.stdout
+    assert int(re.search(r"beside   (\d+)% of these bytes travel while something is computed", done.stdout)[1]) > 10
+    assert re.search(r"time     [\d.]+ M cycles, .*MFU [\d.]+%", done.stdout)
+
+    wrong = [sys.executable, "-m", "deltajax.rehearse", f"--config={TINY}", "--topology=v9:2x2"]
+    done = subprocess.run(wrong, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --topology=v9:2x2: must be one that libtpu knows, e.g. v5e:16x16")
+    assert done.stderr.count("\n") == 1
+
+
 def test_bad_input_is_one_line(capfd):
     assert rehearse.main(["rehearse"]) == 2
     assert "--config: an experiment file is missing" in capfd.readouterr().err
-    code = rehearse.main(["rehearse", f"--config={TINY}", "--topology=v5e:3x"])
-    err = capfd.readouterr().err
-    assert (code, err.count("\n")) == ((2, 1) if importlib.util.find_spec("libtpu") else (1, 1)), err
-    assert "--topology=v5e:3x" in err
+    for topology in ("v5e:3x", "v5e:0x0", "16x16"):
+        assert rehearse.main(["rehearse", f"--config={TINY}", f"--topology={topology}"]) == 2
+        err = capfd.readouterr().err
+        assert err == f"error: --topology={topology}: must be a generation and a shape such as {rehearsal.EXAMPLES}\n"
+    if importlib.util.find_spec("libtpu") is None:
+        assert rehearse.main(["rehearse", f"--config={TINY}", "--topology=v5e:2x2"]) == 1
+        assert capfd.readouterr().err == "error: --topology=v5e:2x2 needs the TPU compiler: pip install libtpu\n"
     assert rehearse.main(["rehearse", f"--config={TINY}", "--slices=2"]) == 2
     assert "--slices=2: --topology, the slice, is missing" in capfd.readouterr().err
     assert rehearse.main(["rehearse", f"--config={TINY}", "--save=/nowhere/step.bin"]) == 2
