@@ -209,13 +209,13 @@ class Run:
         result |= {k: v for row in rows for k, v in row.items() if k.startswith(("validation_", "bits_per_byte"))}
         if self.dataset.validation_text:
             result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
-        if self.dataset.chance is not None:
-            result["chance"] = self.dataset.chance
+        guess = {} if self.dataset.chance is None else {"chance": self.dataset.chance}
+        result |= guess
         if scores:
             metrics.write_positions(self.workdir, scores)
             result["evaluations"] = {name: metrics.overall(table) for name, table in scores.items()}
             for name, of_set in result["evaluations"].items():
-                self.progress.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in of_set.items()))
+                self.progress.say(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in (of_set | guess).items()))
         metrics.plot(self.workdir, self.bits_per_nat, result.get("baselines", {}), self.workdir / "loss.png")
         if text is not None:
             (self.workdir / "sample.txt").write_bytes(text)
