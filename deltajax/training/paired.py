@@ -22,7 +22,8 @@ DEFINITION = (
     f"Differences: mean over seeds of paired differences, with {CONFIDENCE:.0%} t intervals; bold where the interval excludes "
     "0. Updates to reach the baseline: the first evaluated update at which a run is at least as good as the best that the "
     "baseline's run of the same seed reaches at any evaluation; for the baseline itself, when it first reaches it. A run that "
-    "never does is counted as not reached, and the change in updates is over the seeds whose runs do."
+    "never does is counted as not reached; the change in updates is over the seeds whose runs do, and has an interval only where "
+    "all do: it leaves the worst runs out."
 )
 
 
@@ -67,7 +68,7 @@ class Run:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its two-sided t interval at `CONFIDENCE` (infinite for one value)."""
     if len(values) < 2:
-        return statistics.mean(values), float("inf")
+        return statistics.mean(values), math.inf
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
     return statistics.mean(values), float(quantile * statistics.stdev(values) / len(values) ** 0.5)
 
@@ -93,7 +94,11 @@ def tabulate(paired: Paired, rows: Iterable[Mapping[str, str]]) -> str:
         out.append(_row(*setting, cells[0], shown[0], cells[1], shown[1], *cells[2:4], shown[2], *cells[4:]))
     others = {" ".join(setting): differences for setting, (_, differences) in compared.items() if differences}
     by_chance = (1 - CONFIDENCE) * len(others)
-    out += ["", f"Beyond the interval, of {len(others)} (by chance alone about {by_chance:.1f} in each line):", ""]
+    out += [
+        "",
+        f"Beyond the interval, of {len(others)} (by chance alone about {by_chance:.1f} in each line at most):",
+        "",
+    ]
     for i, criterion in enumerate((last, best, "updates to reach the baseline")):
         up = 1 if paired.better == "high" and i < 2 else -1
         gains = {setting: (up * x[i][0], x[i][1]) for setting, x in others.items() if x[i]}
@@ -173,7 +178,8 @@ def _differences(
             reached.append(mine)
             changes.append(mine - theirs)
     cells += [f"{statistics.median(reached):g}" if reached else "none", f"{len(reached)} of {len(seeds)}"]
-    differences.append(interval(changes) if changes else None)
+    change = interval(changes) if changes else None
+    differences.append(change if change is None or len(changes) == len(seeds) else (change[0], math.inf))
     cells += [f"{statistics.mean(runs[s].costs.get(cost, 0) for s in seeds):,.0f}" for cost in COSTS]
     return [*cells, str(len(seeds))], differences
 
@@ -188,5 +194,5 @@ def _chosen(row: Mapping[str, str], where: Mapping[str, Any]) -> bool:
 def _signed(difference: tuple[float, float], digits: int) -> str:
     """A difference with its interval, if there is one: a single value has none."""
     mean, half = difference
-    text = f"{round(mean, digits) + 0.0:+.{digits}f} " + (f"± {half:.{digits}f}" if half < float("inf") else "(1 seed)")
+    text = f"{round(mean, digits) + 0.0:+.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
     return f"**{text}**" if abs(mean) > half else text

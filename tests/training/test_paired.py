@@ -29,13 +29,13 @@ def test_differences_and_updates(tmp_path):
     assert "| plain | 0.6500 | baseline | 0.6500 | baseline | 25 | 2 of 2 | baseline |" in text
     assert "| worse | 0.1000 | **-0.5500 ±" not in text  # two seeds say little
     assert "| none | 0 of 2 |  |" in text
-    assert "of 2 (by chance alone about 0.1 in each line)" in text
+    assert "of 2 (by chance alone about 0.1 in each line at most)" in text
     assert "- last accuracy: better none; worse none.\n" in text
     assert text.endswith("- updates to reach the baseline: better other; worse none.")
     fewer = tabulate(Paired("", "", ("policy",), {"policy": "plain"}, where={"policy": ["plain", "worse"]}), table)
     assert "| other" not in fewer and "| worse" in fewer
     one = tabulate(Paired("", "", ("policy",), {"policy": "plain"}), [row for row in table if row["seed"] == "0"])
-    assert "| other | 0.9000 | +0.1000 (1 seed) | 0.9000 | +0.1000 (1 seed) | 20 | 1 of 1 | -10 (1 seed) |" in one
+    assert "| other | 0.9000 | +0.1000 | 0.9000 | +0.1000 | 20 | 1 of 1 | -10 |" in one
     grouped = [{**row, "delta": delta} for row in table for delta in "12"]
     both = tabulate(Paired("", "", ("policy", "delta"), {"policy": "plain"}), grouped)  # of the same delta each
     assert both.count("| baseline |") == 6 and f"| other | 2 | 0.8500 | +0.2000 ± {half:.4f} |" in both
@@ -45,6 +45,18 @@ def test_differences_and_updates(tmp_path):
     assert not draw(Paired("", "", ("policy",), {"policy": "absent"}), table, tmp_path / "y.png")
     absent = tabulate(Paired("", "", ("policy",), {"policy": "absent"}), table)
     assert absent == "Not run: there are no numbers for the baseline absent."
+
+
+def test_runs_that_never_reach_leave_no_interval():
+    """Two of three seeds reach the baseline 10 updates earlier: that is no gain beyond doubt."""
+    table = [row for seed in range(3) for row in rows("plain", seed, {10: 0.5, 20: 0.6, 30: 0.8})]
+    table += [row for seed in range(2) for row in rows("other", seed, {10: 0.5, 20: 0.9, 30: 0.8})]
+    text = tabulate(Paired("", "", ("policy",), {"policy": "plain"}), [*table, *rows("other", 2, {30: 0.7})])
+    assert "| 20 | 2 of 3 | -10 | 3 |" in text
+    assert text.endswith("- updates to reach the baseline: better none; worse none.")
+    assert "| 20 | 3 of 3 | **-10 ± 0** | 3 |" in tabulate(
+        Paired("", "", ("policy",), {"policy": "plain"}), [*table, *rows("other", 2, {20: 0.8, 30: 0.7})]
+    )
 
 
 def test_interval_and_direction():
