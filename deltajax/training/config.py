@@ -102,7 +102,7 @@ class Mesh:
     def __post_init__(self):
         """Check ranges."""
         names = [field.name for field in dataclasses.fields(self)]
-        _require_all(self, ">= 1 or -1", lambda x: x == -1 or x >= 1, *names)
+        _require_all(self, ">= 1 or -1", lambda x: type(x) is int and (x == -1 or x >= 1), *names)
         sizes = dataclasses.astuple(self)
         require(sizes.count(-1) <= 1, f"({', '.join(names)})", sizes, "at most one -1")
 

@@ -66,10 +66,12 @@ def start(
         if value is None:
             raise ValueError(f"--{name} (or {VARIABLES[name]}) is missing; the others are given")
     count, index = (_integer(name, settings[name]) for name in ("num_processes", "process_id"))
+    if count < 1:
+        raise ValueError(f"--num_processes must be >= 1, got {count}")
     if not 0 <= index < count:
         raise ValueError(f"--process_id must be in [0, {count}), got {index}")
     host, _, port = str(settings["coordinator"]).rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"--coordinator must be host:port, got {settings['coordinator']!r}")
     if index == 0:
         _call_the_roll(int(port), count, timeout)

@@ -19,7 +19,7 @@ from deltajax.training.distributed import compiled_together
 Batch = dict[str, Array]  # as the model's `loss_sums` takes it; the first axis of each array is the batch
 Sums = dict[str, Float[Array, ""]]
 
-# Platform -> what lets a step compute while arrays travel. The TPU compiler does so by itself, the CPU's cannot.
+# Platform -> what lets a step compute while arrays travel. TPUs: the compiler's defaults (see BUILD_NOTES.md); CPUs cannot.
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
 
 

@@ -122,6 +122,8 @@ def test_somebody_else_at_the_coordinators_address():
     [
         (("localhost:1", 2, None), "--process_id (or JAX_PROCESS_ID) is missing"),
         (("localhost:1", 2, 2), "--process_id must be in [0, 2), got 2"),
+        (("localhost:1", 0, 0), "--num_processes must be >= 1, got 0"),
+        (("localhost:99999", 2, 0), "--coordinator must be host:port, got 'localhost:99999'"),
         (("localhost", 2, 0), "--coordinator must be host:port, got 'localhost'"),
         (("nowhere.invalid:1", 2, 1), "nowhere.invalid:1: no such host"),
     ],
@@ -139,3 +141,19 @@ def test_settings_from_the_environment(monkeypatch):
         distributed.start()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
     assert distributed.start() is False
+
+
+def test_settings_from_a_cluster(monkeypatch):
+    """As one of two tasks of a SLURM step: the coordinator is the step's first host."""
+    step = {
+        "JOB_ID": "7",
+        "STEP_NODELIST": "localhost",
+        "NTASKS": "2",
+        "PROCID": "1",
+        "LOCALID": "1",
+        "STEP_NUM_NODES": "1",
+    }
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(RunError, match=r"process 0 of --coordinator=localhost:\d+ did not come within 1 s"):
+        distributed.start(timeout=1)
