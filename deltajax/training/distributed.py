@@ -206,7 +206,7 @@ def everyones(value: Any) -> list[Any]:
 def compiled_together(f: Any) -> Any:
     """A `jax.jit` function that several processes run for the first time only when all have compiled it.
 
-    One that compiles longer than others would be missed: Gloo's collectives wait for 30 s.
+    One that compiles longer than others would be missed: Gloo's first collective of a group waits for 30 s.
     """
     if jax.process_count() == 1:
         return f
