@@ -19,6 +19,7 @@ are read as the caller has them, [B, T, H, K], and turned in VMEM, where that co
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ from pallas_kernels.manual_axes import results
 ROWS = 64  # rows of a chunk, at most
 HEADS = 16  # value heads of a block
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
-VMEM_LIMIT = 32 * 2**20  # bytes
+SPILLS = 11  # float32 arrays [heads, N, K + V] that the backward keeps in VMEM for want of registers, at most
+MORE_SPILLS = 11  # in float32, and as many more with channel gates
 SEMANTICS: tuple | None = ("parallel", "parallel", "arbitrary")  # of the grid
 
 
@@ -39,7 +41,7 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """Delta product; arguments as `IMPLEMENTATIONS` in `deltajax.ops.delta_rule.api` says.
 
     Raises:
-      NotImplementedError: float64.
+      NotImplementedError: float64, or a block of heads that does not fit the VMEM of the TPU that is compiled for.
     """
     if initial_state.dtype != jnp.float32:
         raise NotImplementedError(f"the state must be float32, got {initial_state.dtype}")
@@ -48,18 +50,66 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     heads = v.shape[3]
     if heads > max(HEADS, 2 * q.shape[2]):
         q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
-    scan = _bfloat16 if tpu_bfloat16.serves(q, k, v, g) and not _on_tpu7x() else _general
+    scan = _general
+    if tpu_bfloat16.serves(q, k, v, g):
+        scan = _bfloat16_without_backward if _on_tpu7x() else _bfloat16
+    if scan is not _bfloat16:
+        _check_vmem(q, v, g)
     constant = scale if isinstance(scale, int | float) else 1.0
     o, state = scan(q, k, v, beta, g, initial_state, constant)
     return (o if constant is scale else o * scale).astype(v.dtype), state
 
 
+def _tpu() -> Any:
+    """What is known of the TPU that is compiled for; None in interpret mode on another platform."""
+    try:
+        return pltpu.get_tpu_info()
+    except ValueError:
+        return None
+
+
 def _on_tpu7x() -> bool:
     """Its compiler does not come to an end with the backward of `tpu_bfloat16`."""
-    try:
-        return pltpu.get_tpu_info().chip_version == pltpu.ChipVersion.TPU_7X
-    except ValueError:  # interpreted, on another platform
-        return False
+    return _tpu() is not None and _tpu().chip_version == pltpu.ChipVersion.TPU_7X
+
+
+def _check_vmem(q, v, g) -> None:
+    """Before any compilation: whether the largest kernel, the backward, fits.
+
+    Raises:
+      NotImplementedError: the sizes, what they need, and what there is.
+    """
+    if _tpu() is None:
+        return
+    needed, limit = backward_vmem(q, v, g), _vmem_limit()
+    if needed > limit:
+        shape = f"{min(v.shape[3], HEADS)} heads of K = {q.shape[3]}, V = {v.shape[4]}, R = {v.shape[2]} in {q.dtype}"
+        raise NotImplementedError(
+            f"{shape} need about {needed >> 20} MiB of VMEM, over the {limit >> 20} MiB there are"
+        )
+
+
+def _vmem_limit() -> int:
+    """Bytes of VMEM that a kernel may take: three quarters, XLA keeps arrays of its own there."""
+    return 32 * 2**20 if _tpu() is None else _tpu().vmem_capacity_bytes * 3 // 4
+
+
+def backward_vmem(q, v, g) -> int:
+    """Bytes of VMEM that the general backward kernel takes, about: two buffers of each block, the states and what is spilled."""
+    steps, heads, value_dim = v.shape[2:]
+    block, tokens, dtype = min(heads, HEADS), _tokens(steps), _dtype(q)
+    n, width = tokens * steps, dtype.itemsize
+    keys, values, square = (-(-size // 128) * 128 for size in (q.shape[3], value_dim, n * _inverse_parts(dtype)))
+    sequences = width * (
+        tokens * (2 * keys + values) + n * (2 * keys + 2 * values + square)
+    )  # q, dq, do; k, v and gradients
+    per_channel = g is not None and g.ndim == 4
+    if per_channel:
+        sequences += tokens * 4 * 2 * keys
+    spilled = 4 * n * (keys + values) * (SPILLS + MORE_SPILLS * ((dtype == jnp.float32) + per_channel))
+    states = 4 * (-(-q.shape[3] // 8) * 8) * values
+    # Of states those before the chunk; and once each, their gradient, that of the last and that of the first.
+    return block * (2 * (sequences + states) + 3 * states + spilled)
 
 
 def _bfloat16(q, k, v, beta, g, initial_state, scale):
@@ -67,6 +117,19 @@ def _bfloat16(q, k, v, beta, g, initial_state, scale):
     if g is not None:
         g = _by_row(_first_of_token(g, v.shape[2]))
     return tpu_bfloat16.scan(q, *map(_by_row, (k, v, beta)), g, initial_state, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _bfloat16_without_backward(q, k, v, beta, g, initial_state, scale):
+    """`_bfloat16` where nobody asks for gradients, else `_general`."""
+    return _bfloat16(q, k, v, beta, g, initial_state, scale)
+
+
+def _bfloat16_without_backward_forward(q, k, v, beta, g, initial_state, scale):
+    return jax.vjp(functools.partial(_general, scale=scale), q, k, v, beta, g, initial_state)
+
+
+_bfloat16_without_backward.defvjp(_bfloat16_without_backward_forward, lambda scale, pull, cotangents: pull(cotangents))
 
 
 def _by_row(x):
@@ -79,11 +142,20 @@ def _first_of_token(g, steps):
     return jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2)
 
 
+def _dtype(*arrays):
+    return jnp.dtype(jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32)
+
+
+def _tokens(steps):
+    """Of a chunk."""
+    return max(8, 1 << (ROWS // steps).bit_length() - 1)
+
+
 def _general(q, k, v, beta, g, initial_state, scale):
     """Any dtype, R, gate and size, by the kernels below."""
     batch, length, steps, heads = v.shape[:4]
-    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
-    tokens = max(8, 1 << (ROWS // steps).bit_length() - 1)
+    dtype = _dtype(q, k, v)
+    tokens = _tokens(steps)
     chunks = -(-length // tokens)
 
     def per_chunk(x):
@@ -184,7 +256,7 @@ def _call(kernel, name, inputs, outputs, *, state=False, reverse=False):
         out_specs=[layouts[layout] for layout, *_ in outputs],
         out_shape=results(inputs.values(), [x[1:] for x in outputs]),
         scratch_shapes=[pltpu.VMEM((value_block, key_dim, value_dim), jnp.float32)] * state,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=_vmem_limit()),
         name=f"delta_product_{name}",
     )(*inputs.values())
 

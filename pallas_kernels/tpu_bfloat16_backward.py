@@ -15,7 +15,6 @@ channels.
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu_bfloat16_common import (
     BF16,
@@ -37,6 +36,7 @@ from pallas_kernels.tpu_bfloat16_common import (
     left,
     padded,
     rows_of,
+    run,
     sizes,
     split,
     stacked,
@@ -49,28 +49,23 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
     inverses, z, states = kept
     n = sizes(q, k, *z.shape[2::2])
 
-    def kernel(store, refs, dq, dk, dv, dbeta, *rest):
-        *dg, dfirst, ds_ref = rest
+    def kernel(store, refs, outs, ds_ref):
         block = _Block(n, refs, ds_ref, scale)
         block.run()
         group = n.nh // n.kh
-        for ref, x in ((dq, block.dq), (dk, block.dk)):
-            store(ref, [sum(x[h * group + i] for i in range(group)) for h in range(n.kh)])
-        store(dv, [block.dv[h] for h in range(n.nh)])
-        dbeta[...] = block.gradient_of_beta()
-        for ref in dg:
-            ref[...] = block.gradient_of_gates()
-
-        @pl.when(pl.program_id(2) == n.chunks - 1)
-        def _():
-            dfirst[...] = ds_ref[...]
+        for name, x in (("q", block.dq), ("k", block.dk)):
+            run(store(name, [sum(x[h * group + i] for i in range(group)) for h in range(n.kh)]))
+        run(store("v", block.dv))
+        outs["beta"][...] = block.gradient_of_beta()
+        if g is not None:
+            outs["g"][...] = block.gradient_of_gates()
 
     inputs = {"q": q, "k": k, **beta_and_gates(n, beta, g), "inverses": inverses, "z": z, "states": states}
     inputs |= {"o": do, "state": dlast}
     sequences = {"q": q.shape, "k": k.shape, "v": (*k.shape[:2], n.heads, n.value_dim)}
-    outputs = [(name, shape, BF16) for name, shape in sequences.items()]
+    outputs = {name: (shape, BF16) for name, shape in sequences.items()}
     columns = (n.batch, n.heads // n.nh, n.chunks * ROWS, n.nh)
-    outputs += [("beta", columns, F32)] * (1 if g is None else 2) + [("state", dlast.shape, F32)]
+    outputs |= {name: (columns, F32) for name in ("beta", "g")[: 1 if g is None else 2]} | {"state": (dlast.shape, F32)}
     dq, dk, dv, *of_columns, dstate = call(n, kernel, "backward", inputs, outputs, reverse=True)
 
     def by_row(x, like):
@@ -104,9 +99,8 @@ class _Block:
         """All heads in step."""
         q, k, gates, half = self.q, self.k, self.gates, self.half
         pairs, heads = range(half), [h for p in range(half) for h in (p, p + half)]
-        k_turned = [transpose(rows_of(k[p], k[p + half])) for p in pairs]
         qk_turned = {h: transpose(rows_of(padded(q[h]), k[h])) for h in heads}
-        scores, decays = gates.scores(pairs, q, k, k_turned)
+        scores, decays = gates.scores(pairs, q, k)
         ends = {h: column(gates.to_end, h) * dot(k[h], bits(self.ds_ref[h])) for h in heads}
         dy = self._of_written(pairs, scores, ends)
         dx = self._of_values(pairs, dy)
@@ -147,7 +141,7 @@ class _Block:
             heads = (p, p + self.half)
             big, small = split(rows_of(*(self.gates.beta[:, h : h + 1] * dy[h] for h in heads)))
             parts = self.t[p]
-            first, second = (transpose(stacked(x)) for x in (parts[:, :LANES], parts[:, LANES:]))
+            first, second = stacked(parts[:, :LANES]), stacked(parts[:, LANES:])
             both = dot(lanes_of(first, second), rows_of(big, big)) + dot(first, small)
             dx[heads[0]], dx[heads[1]] = both[:ROWS], both[ROWS:]
         return dx
@@ -155,8 +149,8 @@ class _Block:
     def _of_scores(self, p, dx):
         """dX Z^T above dO Z^T of a pair: [64 + C, 2 x 64]."""
         other = p + self.half
-        turned = transpose(rows_of(self.z[p], self.z[other]))
-        return either(dot(rows_of(bits(dx[p]), self.do[p], bits(dx[other]), self.do[other]), turned))
+        z = rows_of(self.z[p], self.z[other])
+        return either(dot(rows_of(bits(dx[p]), self.do[p], bits(dx[other]), self.do[other]), z, (1, 1)))
 
     def _of_reads(self, h, reads):
         """Gradients of a head's q and k through the states, from their products with S^T."""

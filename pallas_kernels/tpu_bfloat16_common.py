@@ -9,6 +9,8 @@ bfloat16 matrices [rows, lanes] are held as 32-bit pairs of rows, [rows / 2, lan
 then parts are put together, masked and stored as they are. (Of bfloat16 arrays Mosaic makes half-filled tiles in between.)
 """
 
+import functools
+import itertools
 import types
 
 import jax
@@ -86,11 +88,14 @@ def left(x):
 
 def stacked(x):
     """Bits of the pair's two heads, one above the other, in an array [2 rows, LANES] that is 0 in the other head's lanes."""
-    return rows_of(jnp.where(left(x), x, 0), jnp.where(left(x), 0, x))
+    mask = jnp.where(
+        left(x), -1, 0
+    )  # no choice: of that v5e's compiler makes a masked product, which its profiler does not know
+    return rows_of(x & mask, x & ~mask)
 
 
 def either(x):
-    """Of [2 rows, LANES], products of each of two heads with both, what is its own: [rows, LANES]."""
+    """Of [2 rows, LANES], products of each of two heads with both, what is its own: [rows, LANES]; also of bits."""
     size = x.shape[0] // 2
     return jnp.where(iota((size, LANES), 1) < ROWS, x[:size], x[size:])
 
@@ -104,6 +109,13 @@ def padded(x):
 def column(x, h):
     """Column h of [rows, heads] as [rows, 1]; 1 without gates."""
     return 1.0 if x is None else x[:, h : h + 1]
+
+
+def run(stages, beside=None, parts=0):
+    """Runs a generator to its end, with so many parts of another after each of its own."""
+    for _ in stages:
+        for _ in zip(range(parts), beside or (), strict=False):
+            pass
 
 
 # The inverse.
@@ -137,22 +149,26 @@ def spread_columns():
 
 
 def inverses(ms, spread):
-    """(I + M)^-1 for an even number of arrays M [64, 2 x 64] of strictly lower triangles.
+    """(I + M)^-1 for an even number of arrays M [64, 2 x 64] of strictly lower triangles: a generator that returns them, and
+    yields wherever what follows must wait for what came before.
 
     Diagonal blocks of 8 by substitution, then blocks of twice the size from those of a size. In bfloat16 this errs by 5e-2
     at beta 2 and cosine .95: one Newton step with an accurate residual squares that.
     """
-    xs = _substituted(ms, spread)
+    xs = yield from _substituted(ms, spread)
     size = BASE
     while size < ROWS:
-        xs = _doubled(xs, ms, size)
+        xs = yield from _doubled(xs, ms, size)
         size *= 2
     eye = (iota((ROWS, LANES), 0) == iota((ROWS, LANES), 1) % ROWS).astype(F32)
     residuals = []
     for x, m in zip(xs, ms, strict=True):
         (big, small), (first, second) = map(stacked, split(x)), halves(m)
         residuals.append(eye - x - dot(bits(lanes_of(first, second, first)), rows_of(big, big, small)))
-    return [x + dot(bits(x), _block_diagonal(r, ROWS)) for x, r in zip(xs, residuals, strict=True)]
+    yield
+    found = [x + dot(bits(x), _block_diagonal(r, ROWS)) for x, r in zip(xs, residuals, strict=True)]
+    yield
+    return found
 
 
 def _diagonal_blocks(m, size, below=0):
@@ -170,9 +186,11 @@ def _substituted(ms, spread):
     """Inverses of the diagonal blocks of 8 of I + M, side by side: [8, 2 x 64] each."""
     columns = dot(lanes_of(*split(rows_of(*(_diagonal_blocks(m, BASE) for m in ms)))), spread)
     xs = [(iota((BASE, LANES), 0) == iota((BASE, LANES), 1) % BASE).astype(F32)] * len(ms)
+    yield
     for j in range(BASE - 1):
         c = columns[:, j * LANES : (j + 1) * LANES]
         xs = [x - c[p * BASE : (p + 1) * BASE] * x[j : j + 1] for p, x in enumerate(xs)]
+    yield
     return xs
 
 
@@ -189,9 +207,12 @@ def _doubled(xs, ms, size):
     upper = [jnp.where(even, x, pltpu.roll(y, size, 1)) for x, y in two]
     lower = [jnp.where(even, pltpu.roll(x, LANES - size, 1), y) for x, y in two]
     products = [dot(_whole_tile(x), _block_diagonal(y, size))[:size] for x, y in zip(z, upper, strict=True)]
+    yield
     corners = [dot(_whole_tile(x), _block_diagonal(y, size))[:size] for x, y in zip(lower, products, strict=True)]
+    yield
     corners = corners + [pltpu.roll(x, LANES - size, 1) for x in corners]
-    return [rows_of(jnp.where(even, x, 0), jnp.where(even, -y, x)) for x, y in zip(xs, corners, strict=True)]
+    # Times the mask, as in `Gates._decays`.
+    return [rows_of(x * even.astype(F32), jnp.where(even, -y, x)) for x, y in zip(xs, corners, strict=True)]
 
 
 # Gates and scores.
@@ -243,12 +264,12 @@ class Gates:
         ends = range(size, decays.shape[0] + 1, size)
         return [(decays[end - size : end - size + ROWS], decays[end - self.tokens : end]) for end in ends]
 
-    def scores(self, pairs, q, k, k_turned):
+    def scores(self, pairs, q, k):
         """[(K K^T D, Q K^T D) of a pair], masked, and the decays D."""
         products = []
-        for p, turned in zip(pairs, k_turned, strict=True):
+        for p in pairs:
             other = p + self.half
-            products.append(either(dot(rows_of(k[p], q[p], k[other], q[other]), turned)))
+            products.append(either(dot(rows_of(k[p], q[p], k[other], q[other]), rows_of(k[p], k[other]), (1, 1))))
         decays = self._decays(pairs)
         return [
             (jnp.where(self.below, x[:ROWS] * dk, 0), jnp.where(self.seen, x[ROWS:] * dq, 0))
@@ -313,56 +334,126 @@ def _layouts(n, chunk):
     }
 
 
-def call(n, kernel, name, inputs, outputs, *, reverse=False):
+def _strided(shape):
+    """Whether two neighbouring heads of a block [rows, heads, channels] are the words of whole tiles."""
+    return shape[1] % 16 == shape[2] % 128 == 0
+
+
+def _out(name):
+    return f"{name} out"
+
+
+def _exchanged(x, y):
+    """Words of the low halves of x and y, and of their high halves: from words of two heads in even rows and in odd rows to
+    words of two rows of the one head and of the other, and back.
+    """
+    return x & 0xFFFF | y << 16, x >> 16 & 0xFFFF | y & -0x10000
+
+
+def _lane_tiles(channels):
+    return [slice(start, start + 128) for start in range(0, channels, 128)]
+
+
+def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=None):
     """`pallas_call` over (batch, blocks of heads, chunks), forwards or in reverse.
 
-    inputs: layout -> array; outputs: (layout, shape, dtype) each. The kernel is given store(ref, arrays of heads), the inputs
-    by layout, those of sequences as `bits` in VMEM with heads first, and the refs of the outputs and of a float32
-    scratch of a block's states, which holds the "state" of the inputs at the first chunk.
+    inputs: layout -> array; outputs: layout -> (shape, dtype), "state" among both. The kernel is given
+    store(layout, array of each head), a generator that yields in between, for outputs that are sequences, the inputs by
+    layout, those of sequences as `bits` in VMEM
+    with heads first, the refs of the outputs by layout, and a float32 scratch of a block's states, which holds the "state" of
+    the inputs at the first chunk and is that of the outputs after the last.
+
+    ahead: inputs of which the kernel gets the chunk after that of all others, and with them scratch arrays carried from
+    call to call, name -> (shape, dtype). There is one more call then: in the first, what is not ahead is anything, and so may
+    be what the kernel makes of it.
     """
 
-    def chunk(c):
-        return n.chunks - 1 - c if reverse else c
+    def chunk(c, name=None):
+        if not ahead:
+            return n.chunks - 1 - c if reverse else c
+        return jnp.minimum(c, n.chunks - 1) if name in ahead else jnp.maximum(c - 1, 0)
 
-    layouts = _layouts(n, chunk)
-    turned = [name for name in inputs if name in ("q", "k", "v", "o")]
+    layouts = {name: _layouts(n, functools.partial(chunk, name=name))[name] for name in (*inputs, *outputs)}
+    turned, stored = ([name for name in names if name in ("q", "k", "v", "o")] for names in (inputs, outputs))
+    carried = carried or {}
 
-    def load(ref):
+    def there(name, rows):
+        """How many of a block's rows are not behind the last token: what is read there is anything."""
+        return (n.length - chunk(pl.program_id(2), name) * n.tokens) * (rows // n.tokens)
+
+    def load(name, ref):
         x = ref[...].astype(F32)
-        if n.length % n.tokens:  # what is read behind the last token is anything
-            there = (n.length - chunk(pl.program_id(2)) * n.tokens) * (x.shape[0] // n.tokens)
-            x = jnp.where(iota(x.shape, 0) < there, x, 0)
-        return x
+        return jnp.where(iota(x.shape, 0) < there(name, x.shape[0]), x, 0) if n.length % n.tokens else x
 
-    def store(ref, heads):
-        ref[...] = jnp.swapaxes(jnp.stack(heads), 0, 1).astype(ref.dtype)
+    def store(ref, words, heads):
+        if not _strided(ref.shape):
+            ref[...] = jnp.swapaxes(jnp.stack([heads[h] for h in range(ref.shape[1])]), 0, 1).astype(ref.dtype)
+            return
+        step = ref.shape[1] // 2
+        for i in range(step):
+            for lanes in _lane_tiles(ref.shape[2]):
+                even_and_odd = _exchanged(*(bits(heads[h][:, lanes]) for h in (2 * i, 2 * i + 1)))
+                for odd, x in enumerate(even_and_odd):
+                    words[pl.ds(i + odd * step, x.shape[0], stride=2 * step), lanes] = x
+            yield
+        ref[...] = pltpu.bitcast(words[...].reshape(ref.shape[0], step, -1), ref.dtype)
 
-    def body(*refs):
-        refs, scratch = refs[: -len(turned)], refs[-len(turned) :]
-        found = dict(zip(inputs, refs, strict=False))
-        for name, ref in zip(turned, scratch, strict=True):
-            heads = jnp.swapaxes(load(found[name]), 0, 1)
-            for h in range(heads.shape[0]):
-                ref[h] = bits(heads[h])
-            found[name] = ref
-        found |= {name: load(found[name]) for name in ("beta", "g") if name in found}
+    def turn(name, ref, words, out):
+        """A block [rows, heads, channels] as `bits` with heads first."""
+        rows, heads, channels = ref.shape
+        if not _strided(ref.shape):
+            x = jnp.swapaxes(load(name, ref), 0, 1)
+            for h in range(heads):
+                out[h] = bits(x[h])
+            return
+        step = heads // 2
+        words[...] = pltpu.bitcast(ref[...], jnp.int32).reshape(rows * step, channels)
+        for i, lanes in itertools.product(range(step), _lane_tiles(channels)):
+            even_and_odd = [words[pl.ds(i + odd * step, rows // 2, stride=2 * step), lanes] for odd in range(2)]
+            if n.length % n.tokens:
+                row = 2 * iota(even_and_odd[0].shape, 0)
+                even_and_odd = [jnp.where(row + odd < there(name, rows), x, 0) for odd, x in enumerate(even_and_odd)]
+            out[2 * i, :, lanes], out[2 * i + 1, :, lanes] = _exchanged(*even_and_odd)
 
-        @pl.when(pl.program_id(2) == 0)
+    def body(*every_ref):
+        refs = iter(every_ref)
+        groups = (inputs, outputs, [*turned, *map(_out, stored)], turned, carried)
+        found, outs, words, heads_first, between = ({name: next(refs) for name in names} for names in groups)
+        (s_ref,) = refs
+        for name in turned:
+            turn(name, found[name], words[name], heads_first[name])
+        found |= heads_first | {name: load(name, found[name]) for name in ("beta", "g") if name in found} | between
+
+        def begin():
+            @pl.when(pl.program_id(2) == 0)
+            def _():
+                s_ref[...] = found["state"][...]
+
+        if not ahead:
+            begin()
+        kernel(lambda name, heads: store(outs[name], words[_out(name)], heads), found, outs, s_ref)
+        if ahead:
+            begin()
+
+        @pl.when(pl.program_id(2) == n.chunks - 1 + bool(ahead))
         def _():
-            refs[-1][...] = found["state"][...]
+            outs["state"][...] = s_ref[...]
 
-        kernel(store, found, *refs[len(inputs) :])
+    def scratch(name, turned):
+        _, rows, heads, channels = layouts[name].block_shape
+        return pltpu.VMEM((heads, rows // 2, channels) if turned else (rows * heads // 2, channels), jnp.int32)
 
-    blocks = (layouts[name].block_shape for name in turned)
     return pl.pallas_call(
         body,
-        grid=(n.batch, n.heads // n.nh, n.chunks),
-        in_specs=[layouts[layout] for layout in inputs],
-        out_specs=[layouts[layout] for layout, *_ in outputs],
-        out_shape=results(inputs.values(), [x[1:] for x in outputs]),
+        grid=(n.batch, n.heads // n.nh, n.chunks + bool(ahead)),
+        in_specs=[layouts[name] for name in inputs],
+        out_specs=[layouts[name] for name in outputs],
+        out_shape=results(inputs.values(), outputs.values()),
         scratch_shapes=[
+            *(scratch(name, False) for name in (*turned, *stored)),
+            *(scratch(name, True) for name in turned),
+            *(pltpu.VMEM(shape, dtype) for shape, dtype in carried.values()),
             pltpu.VMEM((n.nh, n.key_dim, n.value_dim), F32),
-            *(pltpu.VMEM((heads, rows // 2, dim), jnp.int32) for _, rows, heads, dim in blocks),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT),
         name=f"delta_product_{name}",

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops.delta_rule import chunked, reference, sequence_parallel
@@ -25,7 +26,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 # Tried in order when the caller names none.
-DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("chunked",)}
+DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("pallas_tpu", "chunked")}
 
 
 def delta_product(
@@ -59,7 +60,8 @@ def delta_product(
       initial_state: state before the first token; default zeros. It belongs to the first segment.
       segment_ids: packed documents: the state resets wherever the id differs from the previous token's. What is finite
         in one document does not touch another; an inf or nan goes on to the documents after it.
-      implementation: a name in `IMPLEMENTATIONS`, or several to try in order; default: the platform's best.
+      implementation: a name in `IMPLEMENTATIONS`, or several to try in order; default: the platform's best. Why one that was
+        tried first cannot serve is logged (level info).
       sequence_axis: inside `shard_map`, the mesh axis over which the tokens are spread: every device holds its T of them, in
         order. What the devices exchange does not depend on T (`sequence_parallel`). initial_state and the
         returned state are those of the whole sequence, the same on every device.
@@ -138,9 +140,13 @@ def _dispatch(q, k, v, beta, g, segment_ids, initial_state, *, scale, implementa
         if sequence_axis is not None:
             f = functools.partial(sequence_parallel.delta_product, local=f, axis=sequence_axis)
         try:
-            return f(*arguments, scale=_scale(scale, q))
+            found = f(*arguments, scale=_scale(scale, q))
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
+            continue
+        if reasons:
+            logging.info('delta product by "%s"; %s', name, "; ".join(reasons))
+        return found
     raise NotImplementedError("no implementation can serve this call; " + "; ".join(reasons))
 
 
