@@ -3,7 +3,11 @@
 Claim (arXiv 2312.04927, 2406.06484): the delta rule recalls more pairs than sums of the same state size.
 
 Command: `python -m deltajax.sweep --config=experiments/mqar.py --jobs=2 --csv=docs/results/mqar.csv`
-Result: the section of RESULTS.md.
+
+Time: on one core of two that were busy with other work, 1 to 6 minutes a member.
+
+Result: the delta rule recalls (0.978 at width 32, 1.000 at width 64), but sums normalised as it is do as well at these sizes, so
+the claim is not shown. Sums with elu + 1 are worse (0.905 at width 32) and do not fail either.
 """
 
 from typing import Literal
