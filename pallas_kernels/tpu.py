@@ -33,7 +33,7 @@ ROWS = 64  # rows of a chunk, at most
 HEADS = 16  # value heads of a block
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
 SPILLS = 11  # float32 arrays [heads, N, K + V] that the backward keeps in VMEM for want of registers, at most
-MORE_SPILLS = 11  # in float32, and as many more with channel gates
+MORE_SPILLS = 16  # in float32, and as many more with channel gates
 SEMANTICS: tuple | None = ("parallel", "parallel", "arbitrary")  # of the grid
 
 
