@@ -44,7 +44,7 @@ def ops(text: str) -> list[Op]:
         for channel in re.findall(r"channel_id=(\d+)", "\n".join(lines))
     }
 
-    def visit(name: str, times: int, inside: bool) -> None:
+    def visit(name: str, times: int, inside: bool, elsewhere: bool) -> None:
         for line in computations.get(name, ()):
             op = _parse(line, times)
             if op is None:
@@ -52,14 +52,17 @@ def ops(text: str) -> list[Op]:
             channel = re.search(r"channel_id=(\d+)", line)
             if op.kind in COLLECTIVES and channel:
                 if channel[1] not in channels:
-                    found.append(dataclasses.replace(op, background=op.background or channel[1] in beside))
+                    background = op.background or elsewhere or channel[1] in beside
+                    cycles = None if elsewhere else op.cycles
+                    found.append(dataclasses.replace(op, background=background, cycles=cycles))
                 channels.add(channel[1])
             elif not inside:
                 found.append(op)
             for called, count, by_itself in _calls(op.kind, line, computations):
-                visit(called, times * count, inside or not by_itself)
+                offloaded = 'async_execution_thread="sparsecore"' in line
+                visit(called, times * count, inside or offloaded or not by_itself, elsewhere or offloaded)
 
-    visit(entry, 1, False)
+    visit(entry, 1, False, False)
     return found
 
 
@@ -133,3 +136,7 @@ def _calls(kind: str, line: str, computations: dict[str, list[str]]) -> Iterator
             yield name, 1, True
     elif "calls" in names:
         yield names["calls"], 1, False
+    elif kind == "custom-call":
+        called = re.search(r"called_computations=\{%?([\w.\-]+)\}", line)
+        if called:
+            yield called[1], 1, False

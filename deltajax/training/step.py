@@ -19,8 +19,17 @@ from deltajax.training.distributed import compiled_together
 Batch = dict[str, Array]  # as the model's `loss_sums` takes it; the first axis of each array is the batch
 Sums = dict[str, Float[Array, ""]]
 
-# Platform -> what lets a step compute while arrays travel. TPUs: the compiler's defaults (see BUILD_NOTES.md); CPUs cannot.
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
+_ON_SPARSE_CORES = {
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}": True
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+}
+# Platform or kind of device -> what lets a step compute while arrays travel. On TPU v5e the compiler does so itself; CPUs cannot.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "TPU v5": _ON_SPARSE_CORES,
+    "TPU v6 lite": _ON_SPARSE_CORES,
+    "TPU7x": _ON_SPARSE_CORES,
+}
 
 
 @functools.partial(
@@ -175,7 +184,8 @@ class Step:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
         self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
-        options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+        device = mesh.devices.flat[0]
+        options = COMPILER_OPTIONS.get(device.device_kind, COMPILER_OPTIONS.get(device.platform))
         train = functools.partial(_train, model, optimizer, schedule, grad_accumulation, by_example, max_grad_norm)
         self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = _jit(
             within(lambda state, batch: train(state, batch)[:2]),

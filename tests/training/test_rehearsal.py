@@ -59,6 +59,21 @@ def test_loops_and_collectives_are_counted():
     assert rehearsal.in_background(hlo.ops(renamed)) == pytest.approx((all_bytes - 16) / all_bytes)
 
 
+def test_what_sparse_cores_do_is_in_the_background():
+    """A TPU's SparseCores gather while its TensorCores compute: their cycles are not the step's."""
+    offloaded = PROGRAM.replace(
+        "%all-gather.1 = bf16[8,8]{1,0} all-gather(%fusion.1), channel_id=1, dimensions={0}\n}",
+        '%begun = ((), ()) custom-call-start(), async_execution_thread="sparsecore", called_computations={%called.1}\n}\n\n'
+        "%called.1 (p: f32[4,8]) -> bf16[8,8] {\n"
+        "  ROOT %all-gather.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=1, "
+        'backend_config={"estimated_cycles":"5000"}\n}, execution_thread="sparsecore"',
+    )
+    plain, found = hlo.ops(PROGRAM), hlo.ops(offloaded)
+    assert rehearsal.summarise(found) == rehearsal.summarise(plain)
+    gathered = [op for op in found if op.name == "all-gather.1"]
+    assert [(op.times, op.bytes, op.background) for op in gathered] == [(24, 128, True)]
+
+
 def test_text_of_a_real_program():
     """A scan of 5 rounds with a product in it: the compiler's own text is understood."""
     compiled = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c @ c), None), x, length=5)[0])
