@@ -21,7 +21,7 @@ import numpy as np
 from deltajax.ops.manual_axes import vary_alike
 
 ROWS = 32  # rows of a chunk: fewer make the matrix products small, more make scores and substitution dominate
-SMALL_DIM = 16  # K and V up to which half of the rows are faster: 1.3 to 2 times, forward and backward, on a CPU
+SMALL_DIM = 16  # K and V up to which half of the rows are faster on a CPU, forward and backward
 BLOCK_ROWS = 2048  # rows, over batch and heads, worked on together (measured on a CPU: they stay in its cache)
 BLOCK_CHUNKS = 8  # chunks worked on together at most: their recurrence is unrolled
 SUBCHUNK = 16  # tokens of a sub-chunk, where channel gates are applied pair by pair
