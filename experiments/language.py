@@ -109,10 +109,7 @@ def get_report() -> Report:
     def last(model: str, **where) -> dict:
         return {"model": model, "set": "validation"} | where
 
-    widths = ", ".join(
-        f"{name} {get_config(model=model).model.mlp_dim}"
-        for model, name in zip(get_args(Model), NAMES.values(), strict=True)
-    )
+    widths = ", ".join(f"{NAMES[model]} {get_config(model=model).model.mlp_dim}" for model in get_args(Model))
     return Report(
         title="Language modelling at equal parameters and tokens",
         text=told(__doc__),

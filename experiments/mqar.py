@@ -158,9 +158,9 @@ NOTES = [
     "learning rate to `--grid=config.optimizer.learning_rate=1e-3,3.2e-3,1e-2,3.2e-2`, of which the source takes the best "
     "for each model.",
     "`small` has a vocabulary of 256, one head, sequences of 4 tokens per pair, batches of 64, Muon at one rate and 600 "
-    "steps. With so few keys, 2 to 12 % of the queries see their key among the noise, too; in `paper` 0.3 % do.",
+    "steps. With so few keys, a query's key may stand among the noise, too, more often than in `paper`.",
     "The random guess is over all values. Who guesses among the values of the sequence at hand is right for 1 in 16 (0.063)"
     " or 1 in 8.",
-    "Gated DeltaNet has one head here, so one rate of decay drawn at the start; it forgets until it has learned not to, and"
-    " 600 steps do not suffice.",
+    "Gated DeltaNet has one head here, so one rate of decay drawn at the start. That it learns last may come of that; other "
+    "numbers of heads were not tried.",
 ]

@@ -146,9 +146,8 @@ def apply(
     positions = jnp.arange(length, dtype=jnp.int32) + (0 if state is None else state["length"])
     documents = None if segment_ids is None else number_segments(segment_ids)
     angles = positions
-    if (
-        config.sink == "kv" and documents is not None
-    ):  # else a sink's score would tell where in the row a document stands
+    if config.sink == "kv" and documents is not None:
+        # Else a sink's score would tell where in the row a document stands.
         angles = positions - jax.lax.cummax(jnp.where(segment_starts(documents), positions, 0), axis=1)
     q, k = (rotary(y, angles, config.rope_base, config.rotary_dims) for y in (q, k))
     sink = _sink(params, config, k.dtype)

@@ -58,8 +58,8 @@ def ops(text: str) -> list[Op]:
                 channels.add(channel[1])
             elif not inside:
                 found.append(op)
+            offloaded = 'async_execution_thread="sparsecore"' in line
             for called, count, by_itself in _calls(op.kind, line, computations):
-                offloaded = 'async_execution_thread="sparsecore"' in line
                 visit(called, times * count, inside or offloaded or not by_itself, elsewhere or offloaded)
 
     visit(entry, 1, False, False)

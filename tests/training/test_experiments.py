@@ -2,9 +2,11 @@
 
 import inspect
 
+import numpy as np
 import pytest
 from training_runs import ROOT
 
+from deltajax import data
 from deltajax.models import lm
 from deltajax.training import reports, sweeps
 from deltajax.training.config import load_experiment
@@ -47,3 +49,14 @@ def test_letters_of_state_tracking_tell_nothing_by_position():
                     following[group.table[state, letter]] += p / len(group.generators)
             probability = following
         assert max(probability) == pytest.approx(1 / len(group), rel=1e-2), generators
+
+
+def test_what_the_notes_say_of_the_strings_with_brackets():
+    """The share of answers that are 0, and of strings no longer than in training: the page compares models with them."""
+    config = load_experiment(f"{ROOT}/experiments/formal_languages.py").get_config(task="brackets").data
+    (source,) = data.load(config).evaluations.values()
+    examples = [source[i] for i in range(len(source))]
+    ends = [int(np.flatnonzero(example["weights"])[0]) for example in examples]
+    zeros = np.mean([example["targets"][end] == 0 for example, end in zip(examples, ends, strict=True)])
+    assert f"{zeros:.2f} {(zeros - 1 / 3) / (2 / 3):.2f}" == "0.46 0.20"
+    assert f"{np.mean(np.array(ends) <= config.seq_len - 1):.2f}" == "0.18"

@@ -17,6 +17,7 @@ from training_runs import TINY, losses
 from deltajax import rehearse
 from deltajax.errors import RunError
 from deltajax.training import hlo, loop, rehearsal
+from deltajax.training.step import COMPILER_OPTIONS
 
 PROGRAM = """
 HloModule jit_f
@@ -72,6 +73,11 @@ def test_what_sparse_cores_do_is_in_the_background():
     assert rehearsal.summarise(found) == rehearsal.summarise(plain)
     gathered = [op for op in found if op.name == "all-gather.1"]
     assert [(op.times, op.bytes, op.background) for op in gathered] == [(24, 128, True)]
+
+
+def test_options_of_the_compiler_are_for_devices_that_exist():
+    """A misspelt kind of device would match none, and its collectives would hold up the step."""
+    assert set(COMPILER_OPTIONS) - {"gpu"} == set(rehearsal.CHIPS) - {"TPU v5 lite"}
 
 
 def test_text_of_a_real_program():
