@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from deltajax.ops import delta_product, delta_product_step, delta_rule
 from deltajax.ops.delta_rule.api import DEFAULTS, IMPLEMENTATIONS
 
-XLA = ["reference", "chunked"]  # the Pallas kernels have a file of their own
-FAST = ["chunked"]
+FAST = ["chunked", "native_cpu"]  # the Pallas kernels have files of their own
+ALL = ["reference", *FAST]
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_accuracy_bfloat16(implementation, steps, gate):
     compare(draw(1, 1, 1024, steps, 1, 2, 64, 64, gate, 2.0, 0.5, "bfloat16"), implementation, 1e-2, 2e-2)
 
 
-@pytest.mark.parametrize("implementation", XLA)
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("change", ["g=-50", "g=-inf", "beta=0", "k=0", "k=v=0", "T=1", "T=0"])
 def test_degenerate_inputs_stay_finite_and_right(implementation, change):
     length = {"T=1": 1, "T=0": 0}.get(change, 70)
@@ -74,7 +74,7 @@ def test_degenerate_inputs_stay_finite_and_right(implementation, change):
     compare(arguments, implementation, 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize("implementation", XLA)
+@pytest.mark.parametrize("implementation", ALL)
 def test_segments_equal_separate_documents(implementation):
     """An id may come back: only a change resets. The initial state belongs to the first document."""
     arguments = draw(3, 1, 90, 2, 2, 2, 8, 8, "channel", dtype="float64")
@@ -166,7 +166,7 @@ def test_every_default_exists():
         ({"segment_ids": np.zeros((2, 5))}, "segment_ids must be integers, got float"),
         ({"scale": np.ones(3)}, "scale must be one number"),
         ({"implementation": 3}, "3 is not one of"),
-        ({"implementation": "chunky"}, "'chunky' is not one of chunked, pallas_gpu, pallas_tpu, reference"),
+        ({"implementation": "chunky"}, "'chunky' is not one of chunked, native_cpu, pallas_gpu, pallas_tpu, reference"),
         ({"implementation": ()}, "empty sequence"),
     ],
 )
@@ -205,7 +205,7 @@ def test_empty_axes(empty, implementation):
 def test_inside_shard_map(over):
     """Eight simulated devices, varying axes checked, no state given: values and gradients as without."""
     code = f"""
-import jax, jax.numpy as jnp, numpy as np
+import itertools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from deltajax.ops import delta_product
 draw = np.random.default_rng(0).standard_normal
@@ -216,7 +216,7 @@ if {over!r} == "batch":
     specs, out = (P("x"),) * 5, P("x")
 else:
     specs, out = (P(None, None, "x"), *(P(None, None, None, "x"),) * 3, P()), P(None, "x")
-for implementation, packed in (("reference", True), ("chunked", True), ("chunked", False)):
+for implementation, packed in itertools.product(("reference", "chunked", "native_cpu"), (True, False)):
     def local(q, k, v, beta, ids):
         o, state = delta_product(q, k, v, beta, segment_ids=ids if packed else None, implementation=implementation)
         return jnp.sum(o**2, (1, 3)), jnp.sum(state**2, (2, 3))

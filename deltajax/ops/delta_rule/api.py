@@ -4,16 +4,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops.delta_rule import chunked, reference, sequence_parallel
-from deltajax.ops.manual_axes import vary_alike
 from deltajax.ops.segments import segment_starts
 from deltajax.ops.zero_state import zero_state
-from pallas_kernels import gpu, tpu
+from pallas_kernels import cpu, gpu, platform, tpu
+from pallas_kernels.manual_axes import vary_alike
 
 # name -> f(q, k, v, beta, g, initial_state, *, scale) on checked arrays: k, v, beta with an R axis, g None or in
 # [-inf, 0], initial_state present in the accumulation dtype. An implementation that cannot serve the shapes or the
@@ -21,12 +20,17 @@ from pallas_kernels import gpu, tpu
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference.delta_product,
     "chunked": chunked.delta_product,
+    "native_cpu": cpu.delta_product,
     "pallas_tpu": tpu.delta_product,
     "pallas_gpu": gpu.delta_product,
 }
 
 # Tried in order when the caller names none.
-DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("chunked",), "gpu": ("chunked",), "tpu": ("pallas_tpu", "chunked")}
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "cpu": ("chunked",),
+    "gpu": ("chunked",),
+    "tpu": ("pallas_tpu", "chunked"),
+}
 
 
 def delta_product(
@@ -171,7 +175,7 @@ def _gate_with_resets(g, starts, beta, dtype):
 
 def _candidates(implementation: str | Sequence[str] | None) -> Sequence[str]:
     if implementation is None:
-        return DEFAULTS.get(jax.default_backend(), DEFAULTS["gpu"])
+        return DEFAULTS.get(platform.ambient(), DEFAULTS["gpu"])
     names = tuple(implementation) if isinstance(implementation, list | tuple) else (implementation,)
     for name in names:
         if name not in IMPLEMENTATIONS:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltajax.ops.manual_axes import vary_alike
+from pallas_kernels.manual_axes import vary_alike
 
 ROWS = 32  # rows of a chunk: fewer make the matrix products small, more make scores and substitution dominate
 SMALL_DIM = 16  # K and V up to which half of the rows are faster on a CPU, forward and backward

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.ops.manual_axes import from_neighbour, vary_alike
+from deltajax.ops.manual_axes import from_neighbour
+from pallas_kernels.manual_axes import vary_alike
 
 _einsum = functools.partial(jnp.einsum, precision="highest")
 _matmul = functools.partial(jnp.matmul, precision="highest")

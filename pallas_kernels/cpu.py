@@ -1,0 +1,124 @@
+"""The delta product on a CPU by a kernel in C++ (`delta_product.cc`), token by token: float32 and float64, any shape.
+
+Differentiated in reverse mode. The backward keeps the inputs and the state before every `STEPS` steps.
+"""
+
+import functools
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import manual_axes, native
+
+STEPS = 16  # a chunk of the backward: its states (16 KB each at K = V = 64) are to stay in the second cache
+VECTORS = 4  # at most so many vectors of columns are worked on together: what registers hold
+_SOURCE = "delta_product.cc"
+_TARGETS = tuple(
+    f"deltajax_delta_product_{way}_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "float64")
+)
+
+
+def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
+    """Arguments as `IMPLEMENTATIONS` in `deltajax.ops.delta_rule.api` says.
+
+    Raises:
+      NotImplementedError: the kernel cannot be compiled here.
+    """
+    register()
+    dtype = initial_state.dtype
+    q, k, values, beta = (x.astype(dtype) for x in (scale * q, k, v, beta))
+    if g is None:
+        g = jnp.zeros((*v.shape[:2], v.shape[3], 0), dtype)
+    g = (g if g.ndim == 4 else g[..., None]).astype(dtype)
+    o, state = _scan(*manual_axes.vary_alike(q, k, values, beta, g, initial_state))
+    return o.astype(v.dtype), state
+
+
+def register() -> None:
+    """Make the kernel known to XLA, for programs that were compiled by another process.
+
+    Raises:
+      NotImplementedError: the kernel cannot be compiled here.
+    """
+    native.register(_SOURCE, _TARGETS)
+
+
+@jax.custom_vjp
+def _scan(q, k, v, beta, g, initial_state):
+    """(o, state); all of one dtype, q scaled, g [B, T, HV, G] with G = 0 (no gate), 1 or K."""
+    o, state, _ = _forward(q, k, v, beta, jnp.exp(g), initial_state, keep=False)
+    return o, state
+
+
+def _scan_and_keep(q, k, v, beta, g, initial_state):
+    decay = jnp.exp(g)
+    o, state, states = _forward(q, k, v, beta, decay, initial_state, keep=True)
+    return (o, state), (q, k, v, beta, decay, states)
+
+
+def _scan_back(residuals, cotangents):
+    q, k, v, beta, decay, states = residuals
+    batch, length, steps, heads, key_dim = k.shape
+    value_heads, value_dim, gates = v.shape[3], v.shape[4], decay.shape[3]
+    columns = _columns(batch * value_heads, value_dim, v.dtype)
+    parts = (-(-value_dim // columns), value_heads)
+    shapes = [
+        (batch, length, *parts, key_dim),
+        (batch, length, steps, *parts, key_dim),
+        v.shape,
+        (batch, length, steps, *parts),
+        (batch, length, *parts, gates),
+        (batch, value_heads, key_dim, value_dim),
+    ]
+    call = functools.partial(_call, "backward", shapes, columns=columns, chunk=_tokens(steps))
+    dq, dk, dv, dbeta, dg, dinitial = call(q, k, v, beta, decay, states, *cotangents)
+
+    def by_key_head(x):
+        x = jnp.sum(x, axis=-3)
+        return jnp.sum(x.reshape(*x.shape[:-2], heads, value_heads // heads, key_dim), axis=-2)
+
+    return by_key_head(dq), by_key_head(dk), dv, jnp.sum(dbeta, axis=-2), jnp.sum(dg, axis=-3), dinitial
+
+
+_scan.defvjp(_scan_and_keep, _scan_back)
+
+
+def _forward(q, k, v, beta, decay, initial_state, *, keep: bool):
+    batch, length, steps, heads, value_dim = v.shape
+    key_dim, chunk = k.shape[-1], _tokens(steps)
+    chunks = -(-length // chunk) if keep else 0
+    shapes = [
+        (batch, length, heads, value_dim),
+        (batch, heads, key_dim, value_dim),
+        (batch, heads, chunks, key_dim, value_dim),
+    ]
+    columns = _columns(batch * heads, value_dim, v.dtype)
+    return _call("forward", shapes, q, k, v, beta, decay, initial_state, columns=columns, chunk=chunk)
+
+
+def _call(way, shapes, *arrays, **attributes):
+    dtype = arrays[0].dtype
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    call = jax.ffi.ffi_call(f"deltajax_delta_product_{way}_{dtype}", results, vmap_method="broadcast_all")
+    return [manual_axes.vary_alike(x, arrays[0])[0] for x in call(*arrays, **attributes)]
+
+
+def _tokens(steps: int) -> int:
+    """Of a chunk."""
+    return max(1, STEPS // steps)
+
+
+def _columns(rows: int, value_dim: int, dtype) -> int:
+    """Of V in a block, `rows` times: as many as registers hold, fewer where processors would have nothing to do."""
+    vector = native.register(_SOURCE, _TARGETS).deltajax_vector_bytes() // jnp.dtype(dtype).itemsize
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return next(
+        (
+            vector * count
+            for count in (VECTORS, VECTORS // 2)
+            if rows * math.ceil(value_dim / (vector * count)) >= processors
+        ),
+        vector,
+    )
