@@ -380,7 +380,7 @@ def _scores(qk, k, rows, gates, scale, dtype):
         seen = row < (token + 1) * (n // tokens)
         masks.insert(0, (seen, seen, scale))
     one, sum_parts = (1, 2) if dtype == jnp.bfloat16 else (None, 3)
-    products = _per_value_head(_nt(one, one, qk, k), rows)
+    products = _per_value_head(_score_products(one, qk, k), rows)
     products = [products[:, :tokens], products[:, tokens:]] if tokens else [products]
     from_start = to_end = total = jnp.ones((1, 1, 1), jnp.float32)
     if rows.shape[1] == 2:
@@ -418,12 +418,12 @@ def _channel_scores(qk, k, rows, gates, scale, dtype):
         return jnp.exp(_masked_sums(sum_parts, mask, gates))
 
     i, j = token_of(queries, 0, (queries + n, n)), token_of(0, 1, (queries + n, n))
-    products = jnp.where(i == j, _nt(one, one, qk, k), 0)
+    products = jnp.where(i == j, _score_products(one, qk, k), 0)
     size = 1
     while size < tokens:
         within = functools.partial(_within_neighbours, size=size)
         decay = decays(within)
-        pairs = _nt(one, one, decay * qk, decay[:, queries:] * k)
+        pairs = _score_products(one, decay * qk, decay[:, queries:] * k)
         products = jnp.where(((i ^ j) < 2 * size) & ((i & size) > (j & size)), pairs, products)
         size *= 2
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (queries + n, n), axis) for axis in (0, 1))
@@ -440,6 +440,45 @@ def _channel_scores(qk, k, rows, gates, scale, dtype):
         decays(lambda token, s: s > token)[:, queries:],
         _column(total, lanes[0] == lanes[1]),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _score_products(parts, x, y):
+    """x y^T of rows; in float32 rounded about as if summed exactly.
+
+    With correlated keys and beta near 2 no error decays, and the rounding of K K^T would be the largest of all. So rows are
+    split at grids (`_on_grids`): in the products of all but the last parts nothing is rounded, and the six passes are as many
+    as `Precision.HIGHEST` takes.
+    """
+    if parts is not None:
+        return _in_parts(parts, x, y, (1, 1))
+    (x1, x2, x3), (y1, y2, y3) = _on_grids(x), _on_grids(y)
+    product = functools.partial(_rounded_dot, axes=(1, 1))
+    small = product(x1, y3) + product(x3, y1) + product(x2, y2)
+    return product(x1, y1) + ((product(x1, y2) + product(x2, y1)) + small)
+
+
+def _on_grids(x):
+    """Three arrays that sum to x [.., K] to 2^-26 of each row's largest entry, the first two exact in bfloat16.
+
+    They are multiples of 2^-7 and 2^-16 of the power of two below that entry, and the rest (Ozaki et al., 2012, doi
+    10.1007/s11075-011-9478-1).
+    """
+    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-20)
+    power = jax.lax.bitcast_convert_type(largest, jnp.uint32) & jnp.uint32(0x7F800000)
+    below = jax.lax.bitcast_convert_type(power, jnp.float32)
+    inverse = jax.lax.bitcast_convert_type(jnp.uint32(254 << 23) - power, jnp.float32)
+    parts = []
+    for bits in (7, 16):
+        parts.append(jnp.round(x * (inverse * 2**bits)) * (below * 2**-bits))
+        x = x - parts[-1]
+    return [*parts, x]
+
+
+_score_products.defvjp(
+    lambda parts, x, y: (_score_products(parts, x, y), (x, y)),
+    lambda parts, xy, d: (_in_parts(parts, d, xy[1]), _in_parts(parts, d, xy[0], (0, 0))),
+)
 
 
 def _within_neighbours(token, s, size):
@@ -548,13 +587,20 @@ def _dot(x, y, axes=(1, 0), rounded=False):
         heads = (x if x.ndim == 3 else y).shape[0]
         pairs = ((x[h] if x.ndim == 3 else x, y[h] if y.ndim == 3 else y) for h in range(heads))
         return jnp.stack([_dot(*pair, axes, rounded) for pair in pairs])
-    precision = None if rounded else jax.lax.Precision.HIGHEST
-    if rounded:
-        if axes == (0, 0):  # turned in float32: packed pairs of rows are slow to turn
-            x, axes = x.astype(jnp.float32).T, (1, 0)
-        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    if rounded and axes == (0, 0):  # turned in float32: packed pairs of rows are slow to turn
+        x, axes = x.astype(jnp.float32).T, (1, 0)
     dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    if not rounded:
+        return float32_product(x, y, dimensions)
+    x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+
+
+def float32_product(x, y, dimensions):
+    """`dot_general` of float32: on a TPU six passes of bfloat16 parts, which `benchmarks/tpu_accuracy.py` puts in its place."""
+    return jax.lax.dot_general(
+        x, y, dimensions, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 _rounded_dot = functools.partial(_dot, rounded=True)

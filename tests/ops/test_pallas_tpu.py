@@ -115,7 +115,8 @@ def test_heads_are_turned_in_words():
 
 
 def test_correlated_keys():
-    compare(draw(2, 1, 256, 2, 1, 1, 64, 64, None, 2.0, 0.95), "pallas_tpu", 1e-5, 1e-4)
+    """Where no error decays; `benchmarks/tpu_accuracy.py` has the other gates, and products as a TPU makes them."""
+    compare(draw(0, 1, 4096, 2, 1, 1, 64, 64, None, 2.0, 0.95), "pallas_tpu", 1e-5, 1e-4)
 
 
 @pytest.mark.parametrize(
