@@ -69,9 +69,10 @@ def describe(report: "Report") -> str:
     if report.collectives:
         lines.append(f"beside   {report.background:.0%} of these bytes travel while something is computed")
     if report.cycles and chip:
+        without = f", without {report.uncounted} executions of Pallas kernels" if report.uncounted else ""
         lines.append(
             f"time     {report.cycles / 1e6:,.1f} M cycles, {report.seconds:.3f} s a step without waiting for others: at most "
-            f"{report.per_second:,.0f} {report.unit}/s, MFU {report.mfu:.1%} (6 flops a parameter and target)"
+            f"{report.per_second:,.0f} {report.unit}/s, MFU {report.mfu:.1%} (6 flops a parameter and target){without}"
         )
     lines += [f"cost     {share:6.1%}  {source}" for share, source in report.costly]
     return "\n".join(lines)

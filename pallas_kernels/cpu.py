@@ -3,7 +3,6 @@
 Differentiated in reverse mode. The backward keeps the inputs and the state before every `STEPS` steps.
 """
 
-import functools
 import math
 import os
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import manual_axes, native
 
-STEPS = 16  # a chunk of the backward: its states (16 KB each at K = V = 64) are to stay in the second cache
+STEPS = 64  # of a chunk of the backward: with fewer, fresh memory for their states costs more than the second cache saves
 VECTORS = 4  # at most so many vectors of columns are worked on together: what registers hold
 _SOURCE = "delta_product.cc"
 _TARGETS = tuple(
@@ -61,25 +60,23 @@ def _scan_and_keep(q, k, v, beta, g, initial_state):
 def _scan_back(residuals, cotangents):
     q, k, v, beta, decay, states = residuals
     batch, length, steps, heads, key_dim = k.shape
-    value_heads, value_dim, gates = v.shape[3], v.shape[4], decay.shape[3]
-    columns = _columns(batch * value_heads, value_dim, v.dtype)
-    parts = (-(-value_dim // columns), value_heads)
+    value_heads, value_dim = v.shape[3:]
     shapes = [
-        (batch, length, *parts, key_dim),
-        (batch, length, steps, *parts, key_dim),
+        (batch, length, value_heads, key_dim),
+        (batch, length, steps, value_heads, key_dim),
         v.shape,
-        (batch, length, steps, *parts),
-        (batch, length, *parts, gates),
+        beta.shape,
+        decay.shape,
         (batch, value_heads, key_dim, value_dim),
     ]
-    call = functools.partial(_call, "backward", shapes, columns=columns, chunk=_tokens(steps))
-    dq, dk, dv, dbeta, dg, dinitial = call(q, k, v, beta, decay, states, *cotangents)
+    columns = VECTORS * _lanes(v.dtype)
+    arrays = (q, k, v, beta, decay, states, *cotangents)
+    dq, dk, dv, dbeta, dg, dinitial = _call("backward", shapes, *arrays, columns=columns, chunk=_tokens(steps))
 
     def by_key_head(x):
-        x = jnp.sum(x, axis=-3)
         return jnp.sum(x.reshape(*x.shape[:-2], heads, value_heads // heads, key_dim), axis=-2)
 
-    return by_key_head(dq), by_key_head(dk), dv, jnp.sum(dbeta, axis=-2), jnp.sum(dg, axis=-3), dinitial
+    return by_key_head(dq), by_key_head(dk), dv, dbeta, dg, dinitial
 
 
 _scan.defvjp(_scan_and_keep, _scan_back)
@@ -110,15 +107,13 @@ def _tokens(steps: int) -> int:
     return max(1, STEPS // steps)
 
 
+def _lanes(dtype) -> int:
+    """Numbers in a vector of this processor."""
+    return native.register(_SOURCE, _TARGETS).deltajax_vector_bytes() // jnp.dtype(dtype).itemsize
+
+
 def _columns(rows: int, value_dim: int, dtype) -> int:
-    """Of V in a block, `rows` times: as many as registers hold, fewer where processors would have nothing to do."""
-    vector = native.register(_SOURCE, _TARGETS).deltajax_vector_bytes() // jnp.dtype(dtype).itemsize
+    """Of V in a block of the forward, `rows` times: what registers hold, or less where processors would have nothing to do."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return next(
-        (
-            vector * count
-            for count in (VECTORS, VECTORS // 2)
-            if rows * math.ceil(value_dim / (vector * count)) >= processors
-        ),
-        vector,
-    )
+    sizes = [count * _lanes(dtype) for count in (VECTORS, VECTORS // 2, 1)]
+    return next((size for size in sizes if rows * math.ceil(value_dim / size) >= processors), sizes[-1])

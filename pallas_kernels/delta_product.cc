@@ -1,13 +1,13 @@
 // The delta product on a CPU, token by token: the recurrence of `deltajax.ops.delta_product`, forward and backward.
 //
-// The columns of a state S [K, V] do not know of each other. A task is one head and at most four vectors of columns, so the
-// part of S that it works on (16 KB at K = V = 64 in float32) stays in the first cache, and every step passes over it once:
+// The columns of a state S [K, V] do not know of each other, so they are worked off in blocks of at most four vectors: the
+// part of S that belongs to one (16 KB at K = V = 64 in float32) stays in the first cache, and every step passes over it once:
 // with u = beta (v - S^T k) known, the pass adds k u^T, reads the sum by q, applies the decay of the token after it and
-// reads it by the next key, which is all that the next u needs. Sums over columns (gradients of q, k, beta and the
-// decay) come out as one number per block of columns, and the caller adds them.
+// reads it by the next key, which is all that the next u needs. Forward, a task is a block; backward, whose gradients by
+// q, k, beta and the decay are sums over columns, it is a head.
 //
 // The backward needs S before each step, last step first. The forward keeps it before every chunk of tokens; from there
-// the steps of the chunk are done again and kept, in the second cache, and then undone. With dS the gradient by S after a
+// the steps of the chunk are done again, every state of them kept, and then undone. With dS the gradient by S after a
 // step (the read-out by q included) and S' the state before it, decayed:
 //   du = dS^T k;   dk = dS u - S' beta du;   dv = beta du;   dbeta = du . (v - S'^T k);   dS' = dS - k (beta du)^T
 // and where the step is its token's first, d log(decay) = S' . dS' and dS' is multiplied by the decay.
@@ -28,7 +28,6 @@ using deltajax::Vector;
 struct Sizes {
   int64_t B, T, R, H, HV, K, V, decays, chunk, columns;
 
-  int64_t blocks() const { return (V + columns - 1) / columns; }
   int64_t chunks() const { return (T + chunk - 1) / chunk; }
   int64_t steps() const { return T * R; }
 };
@@ -99,6 +98,12 @@ inline __attribute__((always_inline)) void over_rows(int64_t from, int64_t to, c
 template <typename T, int N>
 constexpr int kSlots = N >= 4 ? 1 : 4 / N;
 
+// A sum over columns, to which the blocks after the first add.
+template <typename T>
+inline void put(T* to, const Vector<T>& x, int64_t count, bool more) {
+  store<T>(to, more ? load<T>(to, count) + x : x, count);
+}
+
 template <typename T, int N>
 inline Row<T, N> total(const Row<T, N> (&parts)[kSlots<T, N>]) {
   Row<T, N> all = parts[0];
@@ -111,7 +116,7 @@ inline Row<T, N> total(const Row<T, N> (&parts)[kSlots<T, N>]) {
 // kOutputs: `read` becomes its product with the query; kGradients: dq = its product with `read`.
 template <typename T, int N, Decay kDecay, Read kRead>
 Row<T, N> step(int64_t K, const T* from, T* to, const T* k, const Row<T, N>& u, const T* q, Row<T, N>& read, T* dq,
-               const T* decay, const T* next) {
+               bool more, const T* decay, const T* next) {
   constexpr int lanes = kLanes<T>, slots = kSlots<T, N>;
   Row<T, N> seen[slots], outputs[slots];
   for (int64_t start = 0; start < K; start += lanes) {
@@ -132,7 +137,7 @@ Row<T, N> step(int64_t K, const T* from, T* to, const T* k, const Row<T, N>& u, 
       }
       if (kRead == Read::kGradients) dots[c - start] = dot;
     });
-    if (kRead == Read::kGradients) store<T>(dq + start, sums<T>(dots), stop - start);
+    if (kRead == Read::kGradients) put<T>(dq + start, sums<T>(dots), stop - start, more);
   }
   if (kRead == Read::kOutputs) read = total<T, N>(outputs);
   return total<T, N>(seen);
@@ -142,7 +147,7 @@ Row<T, N> step(int64_t K, const T* from, T* to, const T* k, const Row<T, N>& u, 
 // this one left, with (kDecay or `first`) what the token before reads by its query: q_before do_before^T. Returns ds^T k_before.
 template <typename T, int N, Decay kDecay, bool kFirst>
 Row<T, N> step_back(int64_t K, T* ds, const T* before, const T* k, const Row<T, N>& u, const Row<T, N>& beta_du, T* dk,
-                    const T* decay, T* ddecay, const T* q_before, const Row<T, N>& do_before, const T* k_before) {
+                    const T* decay, T* ddecay, bool more, const T* q_before, const Row<T, N>& do_before, const T* k_before) {
   constexpr int lanes = kLanes<T>, slots = kSlots<T, N>;
   Row<T, N> du[slots];
   Vector<T> change[slots] = {};
@@ -170,12 +175,12 @@ Row<T, N> step_back(int64_t K, T* ds, const T* before, const T* k, const Row<T, 
       if (kDecay == Decay::kNumber) change[slot] += inner;
       if (kDecay == Decay::kChannel) by_decay[c - start] = inner;
     });
-    store<T>(dk + start, sums<T>(by_key), stop - start);
-    if (kDecay == Decay::kChannel) store<T>(ddecay + start, sums<T>(by_decay), stop - start);
+    put<T>(dk + start, sums<T>(by_key), stop - start, more);
+    if (kDecay == Decay::kChannel) put<T>(ddecay + start, sums<T>(by_decay), stop - start, more);
   }
   if (kDecay == Decay::kNumber) {
     for (int slot = 1; slot < slots; ++slot) change[0] += change[slot];
-    ddecay[0] = sum<T>(change[0]);
+    ddecay[0] = sum<T>(change[0]) + (more ? ddecay[0] : 0);
   }
   return total<T, N>(du);
 }
@@ -208,21 +213,22 @@ inline Decay kind(const Head<T>& head) {
 
 // Step i from one state to the next (which may be the same memory), whatever comes after it.
 template <typename T, int N, Read kRead>
-Row<T, N> advance(const Head<T>& head, int64_t i, const T* from, T* to, const Row<T, N>& u, Row<T, N>& read, T* dq) {
+Row<T, N> advance(const Head<T>& head, int64_t i, const T* from, T* to, const Row<T, N>& u, Row<T, N>& read, T* dq = nullptr,
+                  bool more = false) {
   const Sizes& size = head.size;
   const int64_t token = i / size.R;
   const bool ends = i + 1 == size.steps();
   const T *k = head.key(i), *next = head.key(ends ? i : i + 1), *q = head.query(token);
   if ((i + 1) % size.R)
-    return step<T, N, Decay::kNone, Read::kNothing>(size.K, from, to, k, u, q, read, dq, nullptr, next);
+    return step<T, N, Decay::kNone, Read::kNothing>(size.K, from, to, k, u, q, read, dq, more, nullptr, next);
   const T* decay = ends ? nullptr : head.decay_of(token + 1);
   switch (ends ? Decay::kNone : kind(head)) {
     case Decay::kNumber:
-      return step<T, N, Decay::kNumber, kRead>(size.K, from, to, k, u, q, read, dq, decay, next);
+      return step<T, N, Decay::kNumber, kRead>(size.K, from, to, k, u, q, read, dq, more, decay, next);
     case Decay::kChannel:
-      return step<T, N, Decay::kChannel, kRead>(size.K, from, to, k, u, q, read, dq, decay, next);
+      return step<T, N, Decay::kChannel, kRead>(size.K, from, to, k, u, q, read, dq, more, decay, next);
     default:
-      return step<T, N, Decay::kNone, kRead>(size.K, from, to, k, u, q, read, dq, decay, next);
+      return step<T, N, Decay::kNone, kRead>(size.K, from, to, k, u, q, read, dq, more, decay, next);
   }
 }
 
@@ -241,24 +247,27 @@ void forward(const Head<T>& head, int64_t columns, int64_t column, const T* init
       pack<T, N>(size, state, checkpoints + i / (size.chunk * size.R) * size.K * size.V, columns);
     const Row<T, N> u = Row<T, N>::from(head.value(i) + column, columns).minus(seen).times(head.step_size(i));
     Row<T, N> read;
-    seen = advance<T, N, Read::kOutputs>(head, i, state, state, u, read, nullptr);
+    seen = advance<T, N, Read::kOutputs>(head, i, state, state, u, read);
     if ((i + 1) % size.R == 0) read.to(o + i / size.R * size.HV * size.V, columns);
   }
   pack<T, N>(size, state, final, columns);
 }
 
-// What `backward` writes, at its head (and block); strides are those of the arrays.
+// What `backward` writes, at its head.
 template <typename T>
 struct Gradients {
   T *dq, *dk, *dv, *dbeta, *ddecay, *dinitial;
 };
 
+// One head's block of columns, backward. Arrays with columns are given at the block's first one; it adds to the sums over columns
+// unless it is the head's first.
 template <typename T, int N>
 void backward(const Head<T>& head, int64_t columns, int64_t column, const T* checkpoints, const T* dout, const T* dfinal,
               const Gradients<T>& to) {
   const Sizes& size = head.size;
   const int64_t most = size.chunk * size.R, one = size.K * N * kLanes<T>, wide = N * kLanes<T>;
-  const int64_t rows = size.blocks() * size.HV;  // of the arrays with a number, or K, per head and block
+  const int64_t rows = size.HV;
+  const bool more = column > 0;
   T* states = Scratch::of<T>((most + 2) * one + 2 * most * wide);
   T *ds = states + (most + 1) * one, *changes = ds + one, *errors = changes + most * wide;
   auto dout_of = [&](int64_t token) { return Row<T, N>::from(dout + token * size.HV * size.V, columns); };
@@ -282,17 +291,19 @@ void backward(const Head<T>& head, int64_t columns, int64_t column, const T* che
       u.to(changes + (i - first) * wide, wide);
       T* state = states + (i - first) * one;
       Row<T, N> read = dout_of(i / size.R);
-      seen = advance<T, N, Read::kGradients>(head, i, state, state + one, u, read, to.dq + i / size.R * rows * size.K);
+      seen = advance<T, N, Read::kGradients>(head, i, state, state + one, u, read, to.dq + i / size.R * rows * size.K,
+                                             more);
     }
     for (int64_t i = stop - 1; i >= first; --i) {
       const Row<T, N> u = Row<T, N>::from(changes + (i - first) * wide, wide);
       const Row<T, N> beta_du = du.times(head.step_size(i));
       beta_du.to(to.dv + i * size.HV * size.V, columns);
-      to.dbeta[i * rows] = du.dot(Row<T, N>::from(errors + (i - first) * wide, wide));
+      const T dbeta = du.dot(Row<T, N>::from(errors + (i - first) * wide, wide));
+      to.dbeta[i * rows] = more ? to.dbeta[i * rows] + dbeta : dbeta;
       const T *state = states + (i - first) * one, *k = head.key(i), *k_before = head.key(i ? i - 1 : 0);
       T* dk = to.dk + i * rows * size.K;
       if (i % size.R) {
-        du = step_back<T, N, Decay::kNone, false>(size.K, ds, state, k, u, beta_du, dk, nullptr, nullptr, nullptr, {}, k_before);
+        du = step_back<T, N, Decay::kNone, false>(size.K, ds, state, k, u, beta_du, dk, nullptr, nullptr, more, nullptr, {}, k_before);
         continue;
       }
       const int64_t token = i / size.R, before = token ? token - 1 : 0;
@@ -301,13 +312,13 @@ void backward(const Head<T>& head, int64_t columns, int64_t column, const T* che
       T* ddecay = to.ddecay + token * rows * size.decays;
       switch (kind(head)) {
         case Decay::kNumber:
-          du = step_back<T, N, Decay::kNumber, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, q, dbefore, k_before);
+          du = step_back<T, N, Decay::kNumber, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, more, q, dbefore, k_before);
           break;
         case Decay::kChannel:
-          du = step_back<T, N, Decay::kChannel, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, q, dbefore, k_before);
+          du = step_back<T, N, Decay::kChannel, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, more, q, dbefore, k_before);
           break;
         default:
-          du = step_back<T, N, Decay::kNone, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, q, dbefore, k_before);
+          du = step_back<T, N, Decay::kNone, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, more, q, dbefore, k_before);
       }
     }
   }
@@ -320,16 +331,6 @@ void with_vectors(int64_t columns, const F& f) {
   if (columns <= kLanes<T>) return f(std::integral_constant<int, 1>());
   if (columns <= 2 * kLanes<T>) return f(std::integral_constant<int, 2>());
   f(std::integral_constant<int, 4>());
-}
-
-// `f(b, h, block, its first column, its columns)` for all of them, on XLA's threads.
-template <typename F>
-void over_tasks(ffi::ThreadPool& pool, const Sizes& size, const F& f) {
-  const int64_t blocks = size.blocks();
-  deltajax::parallel_for(pool, size.B * size.HV * blocks, [&](int64_t task) {
-    const int64_t block = task % blocks, head = task / blocks, column = block * size.columns;
-    f(head / size.HV, head % size.HV, block, column, std::min(size.columns, size.V - column));
-  });
 }
 
 // Sizes from the arguments' last dimensions; what stands before them (one of `vmap` too) is the batch.
@@ -351,7 +352,10 @@ ffi::Error run_forward(ffi::ThreadPool pool, ffi::Buffer<kType> q, ffi::Buffer<k
   using T = ffi::NativeType<kType>;
   const Sizes size = sizes(k, v, decay, chunk, columns);
   const bool keep = checkpoints->element_count() > 0;
-  over_tasks(pool, size, [&](int64_t b, int64_t h, int64_t, int64_t column, int64_t count) {
+  const int64_t blocks = (size.V + columns - 1) / columns;
+  deltajax::parallel_for(pool, size.B * size.HV * blocks, [&](int64_t task) {
+    const int64_t column = task % blocks * columns, b = task / blocks / size.HV, h = task / blocks % size.HV;
+    const int64_t count = std::min(columns, size.V - column);
     const Head<T> head(size, b, h, q.typed_data(), k.typed_data(), v.typed_data(), beta.typed_data(), decay.typed_data());
     const int64_t row = b * size.HV + h, state = row * size.K * size.V + column;
     with_vectors<T>(count, [&](auto vectors) {
@@ -371,21 +375,23 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::Buffer<kType> q, ffi::Buffer<
                         ffi::ResultBuffer<kType> ddecay, ffi::ResultBuffer<kType> dinitial, int64_t chunk, int64_t columns) {
   using T = ffi::NativeType<kType>;
   const Sizes size = sizes(k, v, decay, chunk, columns);
-  over_tasks(pool, size, [&](int64_t b, int64_t h, int64_t block, int64_t column, int64_t count) {
+  deltajax::parallel_for(pool, size.B * size.HV, [&](int64_t row) {
+    const int64_t b = row / size.HV, h = row % size.HV;
     const Head<T> head(size, b, h, q.typed_data(), k.typed_data(), v.typed_data(), beta.typed_data(), decay.typed_data());
-    const int64_t row = b * size.HV + h, state = row * size.K * size.V + column;
-    const int64_t token = (b * size.T * size.blocks() + block) * size.HV + h;  // of [B, T, blocks, HV]
-    const int64_t step = (b * size.steps() * size.blocks() + block) * size.HV + h;
-    const Gradients<T> to{dq->typed_data() + token * size.K,
-                          dk->typed_data() + step * size.K,
-                          dv->typed_data() + (b * size.steps() * size.HV + h) * size.V + column,
-                          dbeta->typed_data() + step,
-                          ddecay->typed_data() + token * size.decays,
-                          dinitial->typed_data() + state};
-    with_vectors<T>(count, [&](auto vectors) {
-      backward<T, vectors>(head, count, column, checkpoints.typed_data() + row * size.chunks() * size.K * size.V + column,
-                           dout.typed_data() + (b * size.T * size.HV + h) * size.V + column, dfinal.typed_data() + state, to);
-    });
+    const int64_t token = b * size.T * size.HV + h, step = b * size.steps() * size.HV + h;
+    for (int64_t column = 0; column < size.V; column += columns) {
+      const int64_t count = std::min(columns, size.V - column), state = row * size.K * size.V + column;
+      const Gradients<T> to{dq->typed_data() + token * size.K,
+                            dk->typed_data() + step * size.K,
+                            dv->typed_data() + step * size.V + column,
+                            dbeta->typed_data() + step,
+                            ddecay->typed_data() + token * size.decays,
+                            dinitial->typed_data() + state};
+      with_vectors<T>(count, [&](auto vectors) {
+        backward<T, vectors>(head, count, column, checkpoints.typed_data() + row * size.chunks() * size.K * size.V + column,
+                             dout.typed_data() + token * size.V + column, dfinal.typed_data() + state, to);
+      });
+    }
   });
   return ffi::Error::Success();
 }

@@ -30,8 +30,7 @@ def register(source: str, targets: tuple[str, ...]) -> ctypes.CDLL:
 
     Args:
       source: file name; headers beside it are part of it.
-      targets: XLA FFI handlers that it defines with C linkage; these are their names for XLA too. Every argument and result must
-        begin with the same batch dimension: XLA may split the call over it.
+      targets: XLA FFI handlers that it defines with C linkage; these are their names for XLA too.
 
     Raises:
       NotImplementedError: nothing here compiles it; the message says what was tried.
@@ -41,15 +40,19 @@ def register(source: str, targets: tuple[str, ...]) -> ctypes.CDLL:
         raise NotImplementedError(reason)
     for name in targets:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-        jax.ffi.register_ffi_target_as_batch_partitionable(name)
     return library
+
+
+def compiler() -> list[str]:
+    """The words of the command; none: there is no compiler."""
+    asked = os.environ.get("CXX")
+    return shlex.split(asked) if asked else [name for name in COMPILERS if shutil.which(name)][:1]
 
 
 @functools.cache
 def _load(source: str) -> tuple[ctypes.CDLL | None, str]:
     """(the library, "") or (None, why there is none): a compiler that fails is not asked again by this process."""
-    asked = os.environ.get("CXX")
-    command = shlex.split(asked) if asked else [name for name in COMPILERS if shutil.which(name)][:1]
+    command = compiler()
     if not command:
         return None, f"needs a C++ compiler: none of {', '.join(COMPILERS)} is on PATH, and CXX is not set"
     path = Path(__file__).with_name(source)
@@ -59,10 +62,8 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str]:
             _compile(path, command, kept)
         return ctypes.CDLL(str(kept)), ""
     except subprocess.CalledProcessError as error:
-        lines = (
-            [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [str(error)]
-        )
-        return None, f"{shlex.join(command)} does not compile {source}: {lines[0].strip()}"
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
+        return None, f"{shlex.join(command)} does not compile {source}: {(lines or [str(error)])[0].strip()}"
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{source} by {shlex.join(command)}: {error}"
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 
+KERNEL = "tpu_custom_call"  # a Pallas kernel
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}  # others end in their number of bits
 
@@ -14,7 +15,7 @@ class Op:
     """One instruction.
 
     Attributes:
-      name, kind: as in the text; a collective that runs in the background counts once, at its start.
+      name, kind: as in the text, but `KERNEL`; a collective that runs in the background counts once, at its start.
       source: path of the JAX operation that it comes from.
       times: how often one run of the program executes it; loops without a known count count once.
       bytes: of its result.
@@ -94,6 +95,8 @@ def _parse(line: str, times: int) -> Op | None:
     if kind == "async":  # "async-start" names what it starts
         inner = re.search(r"calls=%?(" + "|".join(COLLECTIVES) + ")", line)
         kind = inner[1] if inner else kind
+    if f'custom_call_target="{KERNEL}"' in line:
+        kind = KERNEL
     return Op(
         name=name,
         kind=kind,
@@ -136,7 +139,7 @@ def _calls(kind: str, line: str, computations: dict[str, list[str]]) -> Iterator
             yield name, 1, True
     elif "calls" in names:
         yield names["calls"], 1, False
-    elif kind == "custom-call":
+    elif kind in ("custom-call", KERNEL):
         called = re.search(r"called_computations=\{%?([\w.\-]+)\}", line)
         if called:
             yield called[1], 1, False

@@ -25,6 +25,7 @@ from deltajax.layers.param import count_params
 from deltajax.training import hlo, loop, serialize
 from deltajax.training.config import TrainConfig
 from deltajax.training.step import Step
+from pallas_kernels import cpu
 
 GIB = 2**30
 EXAMPLES = "v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:2x2x1"
@@ -65,6 +66,7 @@ class Report:
       collectives: kind -> (executions, bytes of their results).
       background: of all these bytes, the part that travels while something is computed.
       cycles: that the compiler expects, without waiting for other devices; 0: it says nothing (CPU, GPU).
+      uncounted: executions of Pallas kernels, of which it says nothing either.
       costly: the most expensive operations of JAX: (share of the cycles, where in the program).
     """
 
@@ -79,6 +81,7 @@ class Report:
     collectives: dict[str, tuple[int, float]]
     background: float
     cycles: int
+    uncounted: int
     costly: list[tuple[float, str]]
 
     @property
@@ -169,6 +172,7 @@ def rehearse(config: TrainConfig, devices: list[Any] | None = None) -> tuple[Rep
         collectives=collectives,
         background=in_background(ops),
         cycles=cycles,
+        uncounted=sum(op.times for op in ops if op.kind == hlo.KERNEL and op.cycles is None),
         costly=[(n / cycles, source) for source, n in costs.most_common(8) if cycles],
     ), compiled
 
@@ -232,6 +236,7 @@ def save(compiled: Any, config: TrainConfig, path: Path) -> None:
         "config": serialize.to_json(config),
         "program": payload,
         "trees": (inputs, outputs),
+        "native": "deltajax_delta_product" in compiled.as_text(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(contents))
@@ -254,6 +259,11 @@ def load(path: Path, config: TrainConfig) -> Any:
     changed = serialize.differences(serialize.from_json(contents["config"]), config)
     if changed:
         raise ValueError(f"--executable={path}: made for another config: {'; '.join(changed)}")
+    if contents["native"]:
+        try:
+            cpu.register()
+        except NotImplementedError as error:
+            raise ValueError(f"--executable={path}: {error}") from None
     return serialize_executable.deserialize_and_load(contents["program"], *contents["trees"])
 
 

@@ -159,7 +159,6 @@ def test_two_slices_of_a_pod():
     """Data over two slices, weights and tokens over each, the kernels in between: the TPU compiler takes the train step."""
     changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2, "data.seq_len": 512, "optimizer.name": "adamw"} | {
         "model.pattern": "delta",
-        "model.mixers.delta.implementation": "pallas_tpu",
         "model.d_model": 1024,  # the compiler lets what is smaller travel by itself
     }
     flags = ["--topology=v5e:2x2", "--slices=2", *(f"--config.{key}={value}" for key, value in changes.items())]
@@ -173,7 +172,10 @@ def test_two_slices_of_a_pod():
     for kind in ("all-gather", "reduce-scatter", "collective-permute"):  # weights, their gradients, states
         assert f"travels  {kind}: " in done.stdout
     assert int(re.search(r"beside   (\d+)% of these bytes travel while something is computed", done.stdout)[1]) > 10
-    assert re.search(r"time     [\d.]+ M cycles, .*MFU [\d.]+%", done.stdout)
+    # The delta rule is the platform's best by itself: Pallas, whose cycles the compiler does not say.
+    assert re.search(
+        r"time     [\d.]+ M cycles, .*MFU [\d.]+% .*, without \d+ executions of Pallas kernels", done.stdout
+    )
 
     wrong = [sys.executable, "-m", "deltajax.rehearse", f"--config={TINY}", "--topology=v9:2x2"]
     done = subprocess.run(wrong, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False)

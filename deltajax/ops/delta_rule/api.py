@@ -27,7 +27,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 
 # Tried in order when the caller names none.
 DEFAULTS: dict[str, tuple[str, ...]] = {
-    "cpu": ("chunked",),
+    "cpu": ("native_cpu", "chunked"),
     "gpu": ("chunked",),
     "tpu": ("pallas_tpu", "chunked"),
 }
