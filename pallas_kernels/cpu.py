@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import manual_axes, native
 
-STEPS = 64  # of a chunk of the backward: with fewer, fresh memory for their states costs more than the second cache saves
+STEPS = 64  # of a chunk of the backward; with fewer, fresh memory for their states costs more than caches save
 VECTORS = 4  # at most so many vectors of columns are worked on together: what registers hold
 _SOURCE = "delta_product.cc"
 _TARGETS = tuple(
