@@ -1,29 +1,36 @@
-"""The streaming runner: a frame at a time, computing only the tiles whose inputs changed.
+"""The streaming runner: a frame at a time, computing only what reads an input that changed.
 
 Every map of a `graph.Graph` stays in memory between frames. A frame's quantised input is compared with the last one; a map
 computes the tiles that read a changed pixel, compares what comes out with what was there, and only pixels that really differ
 count as changed for the maps that read it. So quantisation, which makes small changes vanish, makes the work shrink on its way
 through the network. Numbers are those of dense inference: nothing is accumulated, a tile is computed from whole inputs.
 
-All of it is one compiled program. Each map has a limit on the tiles worth computing one by one; a map with more is computed
-densely, and a frame of which more than `limits` of the input tiles changed goes densely through the whole network.
+Implementations, each one compiled program:
+- "native": by `pallas_kernels/delta_convolution.cc`. A tile is one pixel, and the first frame, or any other, computed densely
+  gives the same numbers bit for bit.
+- "xla": where that kernel is not to be had. Each map has a limit on the tiles worth computing one by one; a map with more is
+  computed densely, and a frame of which more than `limits` of the input tiles changed goes densely through the whole network.
 """
 
 import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
-from deltajax.delta_activations import changes
+from deltajax.delta_activations import changes, native
 from deltajax.delta_activations.graph import NO_PADDING, Graph, Node, Padding, Params, head
+from pallas_kernels import delta_convolution
 
 DENSE = -1  # among the counts of tiles: the map was computed densely
+
+Implementation = Literal["native", "xla"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +76,12 @@ class Stream:
 
     Attributes:
       nodes: names of the maps that are computed, in the order of `step`'s counts; the input comes first.
+      implementation: which computes them.
       tilings: of every map.
+      tile_counts: of every map.
       limits: of every map: more tiles than this are computed densely; of the input: tiles that changed or touch one that
         did (scattered ones cost more than neighbours), above which all is computed densely (-1: always).
-        `calibrate` chooses them for a machine.
+        `calibrate` chooses them for a machine. "native" has none.
     """
 
     def __init__(
@@ -82,21 +91,38 @@ class Stream:
         frame_shape: tuple[int, int, int],
         tilings: Mapping[str, Tiling] | None = None,
         limits: Mapping[str, int] | None = None,
+        implementation: Implementation | None = None,
     ):
-        """Nothing is compiled before the first call.
+        """The network's program is not compiled before the first call; the native kernel is, the first time on a machine.
+
+        Args:
+          graph: with its parameters, of `fold.fold`.
+          params: for a stream whose parameters change assign to its attribute `params`.
+          frame_shape: [H, W, C].
+          tilings: of some of the maps; for "xla".
+          limits: of some of the maps; for "xla".
+          implementation: None: "native" where it serves the graph and neither tilings nor limits are given, else "xla".
 
         Raises:
-          ValueError: frame_shape is not [H, W, C] of the graph's input or too small for it, a step is not > 0, or a map
-            has an unknown name.
+          ValueError: frame_shape is not [H, W, C] of the graph's input or too small for it, a step is not > 0, a map
+            has an unknown name, the implementation is unknown, or "native" is given tilings or limits.
+          NotImplementedError: "native" does not serve this graph or cannot be compiled here; the message says why.
         """
         channels = graph.nodes[0].channels
         if len(frame_shape) != 3 or frame_shape[2] != channels or min(frame_shape) < 1:
             raise ValueError(f"frame_shape must be (height, width, {channels}), got {frame_shape}")
-        _check_steps(graph, params)
-        self.graph, self.params, self.frame_shape = graph, params, tuple(frame_shape)
+        self.graph, self.frame_shape = graph, tuple(frame_shape)
         self.sizes = graph.sizes(*frame_shape[:2])
         self.nodes = tuple(self.sizes)
-        self.tilings = {name: default_tiling(*size[:2]) for name, size in self.sizes.items()}
+        self._margins = _margins(graph)
+        self.implementation: Implementation = _implementation(
+            implementation, graph, params, self.sizes, tilings or limits
+        )
+        self.params = params
+        one = self.implementation == "native"
+        self.tilings = {
+            name: Tiling((1, 1), 1) if one else default_tiling(*size[:2]) for name, size in self.sizes.items()
+        }
         counts = {}
         for given in (tilings or {}, limits or {}):
             unknown = set(given) - set(self.nodes)
@@ -108,17 +134,34 @@ class Stream:
             counts[name] = rows * columns
         self.tile_counts = counts
         # Where nothing is known: gathered tiles cost about 1.6 times their share of a dense map.
-        self.set_limits({name: counts[name] * 3 // 5 for name in self.nodes} | dict(limits or {}))
-        self._margins = _margins(graph)
+        self.limits: dict[str, int] = {}
+        self._limits = jnp.zeros(0, jnp.int32)
+        if not one:
+            self.set_limits({name: counts[name] * 3 // 5 for name in self.nodes} | dict(limits or {}))
         self._identity = f"{id(self):x}-{'x'.join(map(str, frame_shape))}"
-        self._step = jax.jit(self._advance, donate_argnums=0)
+        self._step = jax.jit(self._advance_natively if one else self._advance, donate_argnums=0)
+
+    @property
+    def params(self) -> Params:
+        """Of the graph; what is assigned holds from the next frame on, maps that it changes included, after a reset."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        _check_steps(self.graph, params)
+        self._params = self._given = params
+        if self.implementation == "native":
+            program, packed = native.program(self.graph, params, self.sizes, self._margins)
+            self._program, self._given = program, {"packed": jnp.asarray(packed), "head": params["head"]}
 
     def set_limits(self, limits: Mapping[str, int]) -> None:
         """Change some of the limits; nothing is compiled again."""
+        if self.implementation == "native":
+            raise ValueError("limits are for implementation 'xla'; this stream is 'native'")
         for name, limit in limits.items():
             if name not in self.nodes or type(limit) is not int or limit < -1:
                 raise ValueError(f"limits must be integers >= -1 by name of a map, got {name!r}: {limit!r}")
-        self.limits = {**getattr(self, "limits", {}), **limits}
+        self.limits = {**self.limits, **limits}
         self._limits = jnp.asarray([self.limits[name] for name in self.nodes], jnp.int32)
 
     def init_state(self) -> State:
@@ -151,7 +194,7 @@ class Stream:
                 raise ValueError(f"{bad} of the frame's {frame.size} values are not finite")
         elif not bool(jnp.isfinite(frame).all()):
             raise ValueError("the frame has values that are not finite")
-        return self._step(state, self.params, self._limits, frame)
+        return self._step(state, self._given, self._limits, frame)
 
     def run(self, frames: Iterable[Any], state: State | None = None) -> Iterator[Float[Array, "classes"]]:
         """Logits of each frame of a stream."""
@@ -159,6 +202,15 @@ class Stream:
         for frame in frames:
             logits, state, _ = self.step(state, frame)
             yield logits
+
+    def _advance_natively(self, state: State, params: Params, _: Array, frame: Array) -> tuple[Array, State, Array]:
+        maps = [state.maps[name] for name in self.nodes]
+        channels = self.graph.nodes[-1].channels
+        maps, means, counts = delta_convolution.step(
+            maps, frame.astype(jnp.float32), state.started, params["packed"], self._program, channels
+        )
+        after = State(dict(zip(self.nodes, maps, strict=True)), jnp.ones((), bool), state.identity)
+        return head(params, means[None, None, None])[0], after, counts
 
     def _advance(self, state: State, params: Params, limits: Array, frame: Array) -> tuple[Array, State, Array]:
         source = self.graph.nodes[0]
@@ -282,13 +334,15 @@ def calibrate(stream: Stream, frames: Sequence[Any], rounds: int = 3) -> dict[st
     the number of changed tiles of the frame from which on everything is. A frame's time is its smallest of `rounds`.
 
     Args:
-      stream: its limits are replaced.
+      stream: its limits are replaced; one that is "native" has none, and nothing is run.
       frames: at least three successive frames, among them some with as much change as there will be: what changes more
         than any of them is computed densely.
       rounds: >= 1.
     """
     if len(frames) < 3 or rounds < 1:
         raise ValueError(f"calibration needs 3 frames and 1 round or more, got {len(frames)} and {rounds}")
+    if stream.implementation == "native":
+        return {}
 
     def times(share: float, of_input: int) -> tuple[np.ndarray, np.ndarray]:
         limits = {name: int(share * count) for name, count in stream.tile_counts.items()}
@@ -351,6 +405,25 @@ def _margins(graph: Graph) -> dict[str, tuple[int, int]]:
         for name, window in node.sources:
             margins[name] = (max(margins[name][0], window.padding[0]), max(margins[name][1], window.padding[1]))
     return margins
+
+
+def _implementation(
+    asked: Implementation | None, graph: Graph, params: Params, sizes: Mapping[str, tuple], tiled: Any
+) -> Implementation:
+    """The one that is asked for, or the best; checked."""
+    if asked not in (None, "native", "xla"):
+        raise ValueError(f"implementation must be native, xla or None, got {asked!r}")
+    if asked == "xla" or (tiled and asked is None):
+        return "xla"
+    if tiled:
+        raise ValueError("tilings and limits are for implementation 'xla', got 'native'")
+    reason = native.unserved(graph, params, sizes)
+    if reason is None:
+        return "native"
+    if asked == "native":
+        raise NotImplementedError(f"the native kernel does not serve this graph: {reason}")
+    logging.warning("streaming by XLA, which is slower: %s", reason)
+    return "xla"
 
 
 def _check_steps(graph: Graph, params: Params) -> None:

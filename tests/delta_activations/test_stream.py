@@ -1,4 +1,7 @@
-"""The streaming runner against dense inference, frame by frame, and the graph against the network that it was folded from."""
+"""The streaming runner against dense inference, frame by frame, and the graph against the network that it was folded from.
+
+What only the native kernel does stands in `test_native_stream.py`.
+"""
 
 import dataclasses
 import functools
@@ -57,12 +60,14 @@ def basic():
     return *fold.fold(params, stats, BASIC), params, stats
 
 
-@pytest.fixture(scope="module")
-def runner(basic):
-    return stream.Stream(basic[0], basic[1], (*SIZE, 3), limits={"stages.1.0": 12})
+@pytest.fixture(scope="module", params=["native", "xla"])
+def runner(basic, request):
+    return stream.Stream(basic[0], basic[1], (*SIZE, 3), implementation=request.param)
 
 
-def test_equals_dense_inference(basic, runner):
+def test_equals_dense_inference(basic):
+    runner = stream.Stream(basic[0], basic[1], (*SIZE, 3), limits={"stages.1.0": 12})
+    assert runner.implementation == "xla"
     dense = jax.jit(functools.partial(graph.apply, basic[0]))
     state, kinds = runner.init_state(), []
     for frame in clip(np.random.default_rng(0)):
@@ -91,10 +96,11 @@ def test_every_map_is_exact_without_dense_fallback(basic):
             np.testing.assert_allclose(runner._inside(name, state.maps[name]), want[0], atol=1e-5, err_msg=name)
 
 
-def test_quantisation_stops_changes(basic):
+@pytest.mark.parametrize("implementation", ["native", "xla"])
+def test_quantisation_stops_changes(basic, implementation):
     maps = {k: v if k == "input" else {**v, "step": v["step"] * 20} for k, v in basic[1]["maps"].items()}
     params = {**basic[1], "maps": maps}
-    coarse, fine = (stream.Stream(basic[0], p, (*SIZE, 3)) for p in (params, basic[1]))
+    coarse, fine = (stream.Stream(basic[0], p, (*SIZE, 3), implementation=implementation) for p in (params, basic[1]))
     counts = []
     for runner in (coarse, fine):
         state = runner.init_state()
@@ -149,7 +155,8 @@ def test_folding(config):
         assert fed[name] == pytest.approx(np.prod(shape) * fan), name
 
 
-def test_pooling_addition_and_concatenation():
+@pytest.mark.parametrize("implementation", ["native", "xla"])
+def test_pooling_addition_and_concatenation(implementation):
     """A graph of every kind of node, with strides and margins that differ between the readers of a map."""
     near, wide, half = graph.Window(3, 1, (1, 1)), graph.Window(5, 2, (2, 2)), graph.Window(2, 2)
     nodes = (
@@ -173,7 +180,8 @@ def test_pooling_addition_and_concatenation():
         if node.quantized:
             params[node.name] = {**params[node.name], "step": jnp.full(node.channels, 0.25)}
     built = graph.Graph(nodes), {"maps": params, "head": {"weight": draw(12, 4), "bias": draw(4)}}
-    runner = stream.Stream(*built, (40, 48, 3), limits={node.name: 10**6 for node in nodes})
+    limits = {node.name: 10**6 for node in nodes} if implementation == "xla" else None
+    runner = stream.Stream(*built, (40, 48, 3), limits=limits, implementation=implementation)
     dense, state = jax.jit(functools.partial(graph.apply, built[0])), runner.init_state()
     for t, frame in enumerate(clip(rng, (40, 48), 5)):
         logits, state, counts = runner.step(state, frame)
@@ -187,7 +195,7 @@ def test_pooling_addition_and_concatenation():
 
 def test_calibration(basic, monkeypatch):
     """By a clock that charges for tiles: dense maps and frames win where they are cheaper, numbers stay the same."""
-    runner = stream.Stream(*basic[:2], (*SIZE, 3))
+    runner = stream.Stream(*basic[:2], (*SIZE, 3), implementation="xla")
     clock = [0.0]
     price = {"tile": 1.0, "dense": 100.0}
     step = runner.step
@@ -237,7 +245,7 @@ def test_the_caller_may_reuse_its_buffer(basic, runner):
         buffer[:] = 0
         got.append(logits)
     dense = jax.jit(functools.partial(graph.apply, basic[0]))
-    np.testing.assert_allclose(got, [dense(basic[1], frame[None])[0] for frame in frames_], rtol=1e-6)
+    np.testing.assert_allclose(got, [dense(basic[1], frame[None])[0] for frame in frames_], rtol=1e-5)
 
 
 def test_readers_and_tiles():
@@ -271,7 +279,7 @@ def test_bad_input_leaves_the_state_as_it_was(basic, runner):
     _, state, _ = runner.step(runner.init_state(), frame)
     broken = frame.copy()
     broken[3, 4, 0] = np.nan
-    other = stream.Stream(*basic[:2], (*SIZE, 3))
+    other = stream.Stream(*basic[:2], (*SIZE, 3), implementation=runner.implementation)
     for bad, given, message in (
         (frame[:-1], state, "frames of this stream have shape"),
         (broken, state, "1 of the frame's 6240 values are not finite"),

@@ -1,0 +1,209 @@
+"""The native kernel for streams: every map bit for bit its own dense inference, and XLA's but for roundings; what it computes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deltajax.delta_activations import changes, fold, graph, native, stream
+from deltajax.layers import delta_activation
+from deltajax.models import efficientnet, frames, resnet
+
+NEAR, WIDE, POINT = graph.Window(3, 1, (1, 1)), graph.Window(7, 2, (3, 3)), graph.Window()
+
+
+def draw(rng, *shape):
+    return jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+
+
+def conv(rng, size, inputs, channels, step):
+    return {"kernel": draw(rng, size, size, inputs, channels), "bias": draw(rng, channels), "step": jnp.asarray(step)}
+
+
+def odd_graph(rng, size):
+    """Odd channels, strides, groups, windows without padding on a side, steps of a layer, of channels and of neurons."""
+    height, width = size
+    nodes = (
+        graph.Node("input", "input", 3),
+        graph.Node("stem", "conv", 20, (("input", WIDE),), "relu"),
+        graph.Node("pooled", "max_pool", 20, (("stem", graph.Window(3, 2, (1, 1))),)),
+        graph.Node("deep", "conv", 20, (("pooled", NEAR), ("pooled", POINT)), "hard_swish", groups=20),
+        graph.Node("grouped", "conv", 46, (("deep", graph.Window(3, 2, (0, 1))),), "hard_sigmoid", groups=2),
+        graph.Node("joined", "conv", 33, (("grouped", NEAR), ("deep", graph.Window(1, 2))), quantized=False),
+        graph.Node("both", "concat", 79, (("grouped", POINT), ("joined", POINT)), "relu"),
+        graph.Node("again", "conv", 79, (("both", POINT), ("both", POINT)), quantized=False),
+        graph.Node("sum", "add", 79, (("both", POINT), ("again", POINT), ("both", POINT))),
+    )
+    sizes = graph.Graph(nodes).sizes(height, width)
+    params = {
+        "input": {"step": jnp.asarray(0.01 + 0.1 * rng.random(sizes["input"]), jnp.float32)},
+        "stem": conv(rng, 7, 3, 20, np.float32(0.125)),
+        "pooled": {"step": jnp.full(20, 0.1)},
+        "deep": conv(rng, 3, 1, 20, np.float32(0.1 + rng.random(sizes["deep"]))),
+        "grouped": conv(rng, 3, 10, 46, np.full(46, -0.01, np.float32)),
+        "joined": {"kernel": draw(rng, 3, 3, 46, 33), "shortcut": draw(rng, 1, 1, 20, 33), "bias": draw(rng, 33)},
+        "both": {"step": jnp.full(79, 0.05)},
+        "again": {"kernel": draw(rng, 1, 1, 79, 79), "bias": draw(rng, 79)},
+        "sum": {"step": jnp.full(79, 0.05)},
+    }
+    params["grouped"]["step"] = jnp.abs(params["grouped"]["step"])
+    return graph.Graph(nodes), {"maps": params, "head": {"weight": draw(rng, 79, 4), "bias": draw(rng, 4)}}
+
+
+def network(config, size):
+    """A folded network with random statistics, its steps large enough for changes to vanish on the way."""
+    whole = frames.Config(config, size, delta_activation.Config(init_step=0.3))
+    params, stats = jax.jit(lambda key: frames.init(key, whole))(jax.random.key(0)), frames.init_stats(whole)
+    rng = np.random.default_rng(0)
+    noisy = functools.partial(jax.tree.map, lambda x: (x * (0.8 + 0.4 * rng.random(x.shape))).astype(np.float32))
+    return fold.fold({**params, "network": noisy(params["network"])}, noisy(stats), whole)
+
+
+MOBILE = efficientnet.Config(
+    stem=8,
+    stages=(
+        efficientnet.Stage("fused", 8, 1, activation="relu"),
+        efficientnet.Stage("inverted", 24, 2, 5, 2, 2.0, activation="hard_swish"),
+    ),
+    head=40,
+    activation="relu",
+    num_classes=5,
+)
+GRAPHS = {
+    "odd": ((37, 53), lambda: odd_graph(np.random.default_rng(1), (37, 53))),
+    "one_row": ((5, 93), lambda: odd_graph(np.random.default_rng(2), (5, 93))),
+    "basic": ((40, 52), lambda: network(resnet.resnet_small(widths=(8, 16, 40), num_classes=5), (40, 52))),
+    "bottleneck": ((65, 33), lambda: network(resnet.resnet50(blocks=(1, 2), widths=(16, 24), num_classes=5), (65, 33))),
+    "inverted": ((31, 44), lambda: network(MOBILE, (31, 44))),
+}
+
+
+def clip(rng, size):
+    """Frames: the first, the same, one pixel, corners, a rectangle, scattered pixels, all."""
+    frame = rng.standard_normal((*size, 3)).astype(np.float32)
+    yield frame
+    yield frame
+    spots = np.zeros((5, *size), bool)
+    spots[0, size[0] // 2, size[1] // 3] = True
+    spots[1][np.ix_([0, -1], [0, -1])] = True
+    spots[2, 3:12, -20:-4] = True
+    spots[3] = rng.random(size) < 0.05
+    spots[4] = True
+    for spot in spots:
+        frame = np.where(spot[..., None], rng.standard_normal(frame.shape).astype(np.float32), frame)
+        yield frame
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_equals_dense_inference(name):
+    """Bit for bit its own, XLA's but for values that rounding moves by a step; and no pixel is computed needlessly."""
+    size, made = GRAPHS[name]
+    net, params = made()
+    runner = stream.Stream(net, params, (*size, 3))
+    assert runner.implementation == "native" and stream.calibrate(runner, [0] * 3) == {} == runner.limits
+    dense = jax.jit(functools.partial(graph.apply, net))
+    step_of = {node.name: params["maps"][node.name].get("step") for node in net.nodes}
+    state, before = runner.init_state(), None
+    for t, frame in enumerate(clip(np.random.default_rng(3), size)):
+        logits, state, counts = runner.step(state, frame)
+        fresh_logits, fresh, every = runner.step(runner.init_state(), frame)
+        assert (np.asarray(every) == stream.DENSE).all() and (t == 0) == (counts[0] == stream.DENSE)
+        np.testing.assert_array_equal(logits, fresh_logits)
+        for a, b in zip(jax.tree.leaves(state.maps), jax.tree.leaves(fresh.maps), strict=True):
+            np.testing.assert_array_equal(a, b)
+        now = {node.name: runner._inside(node.name, np.asarray(state.maps[node.name])) for node in net.nodes}
+        changed = {node.name: np.zeros(now[node.name].shape[:2], bool) for node in net.nodes}
+        for node, count in zip(net.nodes, np.asarray(counts), strict=True):
+            # Each map from what the kernel itself read, so that a step that rounding moves is not carried on.
+            inputs = [now[source][None] for source, _ in node.sources] or [frame[None]]
+            paddings = [(w.padding, w.padding) for _, w in node.sources] or [graph.NO_PADDING]
+            want = node.compute(params["maps"][node.name], inputs, paddings)[0]
+            step = 0 if step_of[node.name] is None else np.broadcast_to(step_of[node.name], want.shape)
+            wrong, rounding = np.abs(now[node.name] - want), 1e-5 * (1 + np.abs(want).max())
+            assert (wrong < step + rounding).all() and np.mean(wrong > rounding) < 1e-3, node.name
+            if t:
+                changed[node.name] = (now[node.name] != before[node.name]).any(-1)
+                read = [changes.readers(jnp.asarray(changed[source]), window) for source, window in node.sources]
+                expected = functools.reduce(jnp.logical_or, read) if read else changed[node.name]
+                assert count == np.sum(expected), node.name
+        np.testing.assert_allclose(logits, dense(params, frame[None])[0], rtol=2e-2, atol=2e-2)
+        before = now
+
+
+def test_without_quantisation_it_is_the_same_function():
+    net, params = network(resnet.resnet_small(widths=(16, 32, 64), num_classes=5), (48, 48))
+    plain = graph.Graph(tuple(dataclasses.replace(node, quantized=False) for node in net.nodes))
+    runner, state = stream.Stream(plain, params, (48, 48, 3)), None
+    dense = jax.jit(functools.partial(graph.apply, plain))
+    state = runner.init_state()
+    for frame in clip(np.random.default_rng(4), (48, 48)):
+        logits, state, _ = runner.step(state, frame)
+        np.testing.assert_allclose(logits, dense(params, frame[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_rounding():
+    """Halves to even, large levels, negative zeros: as `quantize`, bit for bit but for the sign of zero."""
+    node = graph.Node("input", "input", 3)
+    halves = (np.arange(-30, 30, dtype=np.float32) / 2).reshape(4, 5, 3)
+    for values, step in (
+        (halves, 1.0),
+        (halves * 2.0**21 + 0.5, 1.0),
+        (halves * 2.0**26, 3.0),
+        (halves * 1e-3, 0.7),
+        (halves, 0.1),
+    ):
+        params = {"maps": {"input": {"step": jnp.float32(step)}}, "head": {"weight": jnp.eye(3), "bias": jnp.zeros(3)}}
+        runner = stream.Stream(graph.Graph((node,)), params, (4, 5, 3))
+        _, state, _ = runner.step(runner.init_state(), values)
+        want = node.compute(params["maps"]["input"], [values[None]], [graph.NO_PADDING])[0]
+        np.testing.assert_array_equal(state.maps["input"], want)
+        _, state, counts = runner.step(state, np.negative(np.negative(values)))
+        assert counts[0] == 0
+
+
+def test_other_parameters(monkeypatch):
+    """Parameters are packed again when they are assigned, and checked."""
+    net, params = GRAPHS["basic"][1]()
+    runner = stream.Stream(net, params, (40, 52, 3))
+    frame = next(clip(np.random.default_rng(5), (40, 52)))
+    first = runner.step(runner.init_state(), frame)[0]
+    runner.params = {**params, "maps": jax.tree.map(lambda x: 2 * x, params["maps"])}
+    second = runner.step(runner.init_state(), frame)[0]
+    dense = jax.jit(functools.partial(graph.apply, net))
+    np.testing.assert_allclose(second, dense(runner.params, frame[None])[0], rtol=2e-2, atol=2e-2)
+    assert np.abs(second - first).max() > 0.1
+    with pytest.raises(ValueError, match="steps of stem must be > 0"):
+        runner.params = {**params, "maps": {**params["maps"], "stem": {**params["maps"]["stem"], "step": jnp.zeros(8)}}}
+    np.testing.assert_array_equal(runner.step(runner.init_state(), frame)[0], second)
+
+
+def test_where_it_is_not_to_be_had(monkeypatch, caplog):
+    net, params = GRAPHS["basic"][1]()
+    make = functools.partial(stream.Stream, net, params, (40, 52, 3))
+    for given in ({"limits": {"stem": 3}}, {"tilings": {"stem": stream.Tiling((4, 4), 2)}}):
+        assert make(**given).implementation == "xla"
+        with pytest.raises(ValueError, match="tilings and limits are for implementation 'xla'"):
+            make(**given, implementation="native")
+    with pytest.raises(ValueError, match="limits are for implementation 'xla'"):
+        make().set_limits({"stem": 3})
+    with pytest.raises(ValueError, match="implementation must be native, xla or None, got 'c'"):
+        make(implementation="c")
+    other = graph.Graph(tuple(dataclasses.replace(n, activation="silu" if n.activation else None) for n in net.nodes))
+    with pytest.raises(NotImplementedError, match=r"no activation 'silu' \(node stem\)"):
+        stream.Stream(other, params, (40, 52, 3), implementation="native")
+    assert stream.Stream(other, params, (40, 52, 3)).implementation == "xla"
+
+    def missing():
+        raise NotImplementedError("needs a C++ compiler")
+
+    monkeypatch.setattr(native.delta_convolution, "register", missing)
+    with pytest.raises(NotImplementedError, match=r"does not serve this graph: needs a C\+\+ compiler"):
+        make(implementation="native")
+    runner = make()
+    assert runner.implementation == "xla" and "slower: needs a C++ compiler" in caplog.text
+    frame = next(clip(np.random.default_rng(6), (40, 52)))
+    dense = jax.jit(functools.partial(graph.apply, net))
+    np.testing.assert_allclose(runner.step(runner.init_state(), frame)[0], dense(params, frame[None])[0], rtol=1e-5)
