@@ -189,7 +189,8 @@ def measure(generation: str, what: str, steps: int, implementation: str = "palla
     row = {"generation": generation, "implementation": implementation, "pass": what, "steps": str(steps)}
     row |= dict.fromkeys(("vmem_kib", "spills"), "")
     if implementation == "pallas_tpu":
-        short, long = 256 // steps, 512 // steps
+        chunk = 1 << (64 // steps).bit_length() - 1  # tokens
+        short, long = 4 * chunk, 8 * chunk
         first, second = (kernels(generation, what, length, steps) for length in (short, long))
         if first is None or second is None:
             return row | {"bound": f"{bound / 1e3:.0f}"} | dict.fromkeys(FIGURES, "no estimate")

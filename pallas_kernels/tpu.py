@@ -554,7 +554,8 @@ def _solve_forward(a, inverse, b):
 def _solve_backward(residuals, dx):
     a, inverse, x = residuals
     db = _apply(a, inverse, dx, (0, 0))
-    return -_in_parts(1 if inverse.dtype == jnp.bfloat16 else None, db, x, (1, 1)), jnp.zeros_like(inverse), db
+    # For beta's gradient rows of this are summed, weighed by products of keys: what is left is far smaller than the terms.
+    return -_in_parts(2 if inverse.dtype == jnp.bfloat16 else None, db, x, (1, 1)), jnp.zeros_like(inverse), db
 
 
 _solve.defvjp(_solve_forward, _solve_backward)

@@ -1,8 +1,8 @@
 """The chunked delta product in bfloat16 for no gate or one gate per head, as two TPU kernels with gradients by hand.
 
 One kernel scans over the chunks with the state in VMEM, in float32, and one scans in reverse; gates, scores, inverses and WY
-parts are formed inside. A chunk has 64 rows of keys and values and 64 / R queries, so that nothing is padded for R > 1. Heads
-stand side by side in pairs (`tpu_bfloat16_common`).
+parts are formed inside. A chunk has 64 rows of keys and values and 64 / R queries (with R = 3: 48 and 16), so that queries are
+not padded for R > 1. Heads stand side by side in pairs (`tpu_bfloat16_common`).
 """
 
 import functools
@@ -15,16 +15,15 @@ from pallas_kernels.tpu_bfloat16_forward import forward
 
 
 def serves(q, k, v, g) -> bool:
-    """Whether `scan` can: bfloat16; R of 1 and 2; K and V multiples of 64; HV of 4, 8, 12 or multiples of 16; a block's states
-    of at most 1 MiB (16 heads of 128 x 128): 16 of 256 x 256 compile for minutes. R = 4 works, but with correlated keys
-    at beta = 2 a gradient errs by 2.1e-2.
+    """Whether `scan` can: bfloat16; R up to 4; K and V multiples of 64; HV of 4, 8, 12 or multiples of 16; a block's states
+    of at most 1 MiB (16 heads of 128 x 128): 16 of 256 x 256 compile for minutes.
     """
     steps, heads, value_dim = v.shape[2:]
     block = min(heads, HEADS)
     return (
         q.dtype == k.dtype == v.dtype == "bfloat16"
         and (g is None or g.ndim == 3)
-        and steps in (1, 2)
+        and steps <= 4
         and 4 * block * q.shape[-1] * value_dim <= 2**20
         and heads % block == block % 4 == q.shape[-1] % 64 == value_dim % 64 == 0
     )

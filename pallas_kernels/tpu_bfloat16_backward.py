@@ -56,15 +56,15 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
         for name, x in (("q", block.dq), ("k", block.dk)):
             run(store(name, [sum(x[h * group + i] for i in range(group)) for h in range(n.kh)]))
         run(store("v", block.dv))
-        outs["beta"][...] = block.gradient_of_beta()
+        outs["beta"][...] = block.gradient_of_beta()[: n.rows]
         if g is not None:
-            outs["g"][...] = block.gradient_of_gates()
+            outs["g"][...] = block.gradient_of_gates()[: n.rows]
 
     inputs = {"q": q, "k": k, **beta_and_gates(n, beta, g), "inverses": inverses, "z": z, "states": states}
     inputs |= {"o": do, "state": dlast}
     sequences = {"q": q.shape, "k": k.shape, "v": (*k.shape[:2], n.heads, n.value_dim)}
     outputs = {name: (shape, BF16) for name, shape in sequences.items()}
-    columns = (n.batch, n.heads // n.nh, n.chunks * ROWS, n.nh)
+    columns = (n.batch, n.heads // n.nh, n.chunks * n.rows, n.nh)
     outputs |= {name: (columns, F32) for name in ("beta", "g")[: 1 if g is None else 2]} | {"state": (dlast.shape, F32)}
     dq, dk, dv, *of_columns, dstate = call(n, kernel, "backward", inputs, outputs, reverse=True)
 
@@ -81,7 +81,7 @@ class _Block:
         self.n, self.half, self.scale, self.ds_ref = n, n.nh // 2, scale, ds_ref
         self.q, self.k, self.do = (PerHead(refs[name], n.nh // refs[name].shape[0]) for name in "qko")
         self.t, self.z, self.s = (PerHead(refs[name]) for name in ("inverses", "z", "states"))
-        self.gates = Gates(refs["beta"], refs.get("g"), n.tokens)
+        self.gates = Gates(refs["beta"], refs.get("g"), n.tokens, n.steps)
         self.gated = self.gates.total is not None
         self.dq: dict[int, jax.Array] = {}
         self.dk: dict[int, jax.Array] = {}
@@ -147,10 +147,16 @@ class _Block:
         return dx
 
     def _of_scores(self, p, dx):
-        """dX Z^T above dO Z^T of a pair: [64 + C, 2 x 64]."""
+        """dX Z^T above dO Z^T of a pair: [64 + C, 2 x 64].
+
+        dX in two parts: of beta's gradient columns of the first are summed, weighed by products of keys that are all alike
+        where keys are, and what is left is far smaller than what is summed.
+        """
         other = p + self.half
         z = rows_of(self.z[p], self.z[other])
-        return either(dot(rows_of(bits(dx[p]), self.do[p], bits(dx[other]), self.do[other]), z, (1, 1)))
+        (big, small), (big_other, small_other) = split(dx[p]), split(dx[other])
+        x = either(dot(rows_of(big, small, self.do[p], big_other, small_other, self.do[other]), z, (1, 1)))
+        return rows_of(x[:ROWS] + x[ROWS : 2 * ROWS], x[2 * ROWS :])
 
     def _of_reads(self, h, reads):
         """Gradients of a head's q and k through the states, from their products with S^T."""

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.manual_axes import results
 
-ROWS = 64  # of keys and values in a chunk
+ROWS = 64  # of keys and values in a chunk; with R = 3 the last 16 are zeros
 LANES = 2 * ROWS
 BASE = 8  # rows of the diagonal blocks that are inverted by substitution: a tile of float32
 HEADS = 16  # value heads of a block, at most
@@ -225,8 +225,8 @@ class Gates:
     [1, nh]. As rows of pairs: beta_rows, gate_rows [nh / 2, 2 x 64].
     """
 
-    def __init__(self, beta, gates, tokens):
-        self.tokens, self.steps, self.half = tokens, ROWS // tokens, beta.shape[1] // 2
+    def __init__(self, beta, gates, tokens, steps):
+        self.tokens, self.steps, self.half = tokens, steps, beta.shape[1] // 2
         self.beta, self.beta_rows = beta, self._by_pair(beta)
         self.from_start = self.to_end = self.from_start_q = self.total = None
         i, j = iota((ROWS, LANES), 0), iota((ROWS, LANES), 1) % ROWS
@@ -294,9 +294,10 @@ def sizes(q, k, heads, value_dim):
     """Sizes of arrays, of a chunk and of a block of nh value heads and kh key heads."""
     batch, length, key_heads, key_dim = q.shape
     steps = k.shape[1] // length
+    tokens = 1 << (ROWS // steps).bit_length() - 1
     nh = min(HEADS, heads)
     return types.SimpleNamespace(
-        batch=batch, length=length, steps=steps, tokens=ROWS // steps, chunks=-(-length * steps // ROWS), heads=heads,
+        batch=batch, length=length, steps=steps, tokens=tokens, rows=tokens * steps, chunks=-(-length // tokens), heads=heads,
         nh=nh, kh=nh * key_heads // heads, key_dim=key_dim, value_dim=value_dim,
     )  # fmt: skip
 
@@ -318,11 +319,11 @@ def _layouts(n, chunk):
     def per_chunk(*size):
         return pl.BlockSpec((None, None, *size), lambda b, h, c: (b, chunk(c), h, 0, 0))
 
-    columns = pl.BlockSpec((None, None, ROWS, n.nh), lambda b, h, c: (b, h, chunk(c), 0))
+    columns = pl.BlockSpec((None, None, n.rows, n.nh), lambda b, h, c: (b, h, chunk(c), 0))
     return {
         "q": sequence(n.tokens, n.kh, n.key_dim),
-        "k": sequence(ROWS, n.kh, n.key_dim),
-        "v": sequence(ROWS, n.nh, n.value_dim),
+        "k": sequence(n.rows, n.kh, n.key_dim),
+        "v": sequence(n.rows, n.nh, n.value_dim),
         "o": sequence(n.tokens, n.nh, n.value_dim),
         "beta": columns,
         "g": columns,
@@ -359,9 +360,10 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
 
     inputs: layout -> array; outputs: layout -> (shape, dtype), "state" among both. The kernel is given
     store(layout, array of each head), a generator that yields in between, for outputs that are sequences, the inputs by
-    layout, those of sequences as `bits` in VMEM
-    with heads first, the refs of the outputs by layout, and a float32 scratch of a block's states, which holds the "state" of
-    the inputs at the first chunk and is that of the outputs after the last.
+    layout, those of sequences as `bits` in VMEM with heads first, the refs of the outputs by layout, and a float32 scratch
+    of a block's states, which holds the "state" of
+    the inputs at the first chunk and is that of the outputs after the last. Of keys, values, beta, gates and their gradients
+    it sees ROWS rows.
 
     ahead: inputs of which the kernel gets the chunk after that of all others, and with them scratch arrays carried from
     call to call, name -> (shape, dtype). There is one more call then: in the first, what is not ahead is anything, and so may
@@ -385,26 +387,34 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
         x = ref[...].astype(F32)
         return jnp.where(iota(x.shape, 0) < there(name, x.shape[0]), x, 0) if n.length % n.tokens else x
 
+    def columns(name, ref):
+        x = load(name, ref)
+        return x if n.rows == ROWS else rows_of(x, jnp.zeros((ROWS - n.rows, x.shape[1]), F32))
+
     def store(ref, words, heads):
         if not _strided(ref.shape):
-            ref[...] = jnp.swapaxes(jnp.stack([heads[h] for h in range(ref.shape[1])]), 0, 1).astype(ref.dtype)
+            x = jnp.stack([heads[h][: ref.shape[0]] for h in range(ref.shape[1])])
+            ref[...] = jnp.swapaxes(x, 0, 1).astype(ref.dtype)
             return
         step = ref.shape[1] // 2
         for i in range(step):
             for lanes in _lane_tiles(ref.shape[2]):
-                even_and_odd = _exchanged(*(bits(heads[h][:, lanes]) for h in (2 * i, 2 * i + 1)))
+                even_and_odd = _exchanged(*(bits(heads[h][: ref.shape[0], lanes]) for h in (2 * i, 2 * i + 1)))
                 for odd, x in enumerate(even_and_odd):
                     words[pl.ds(i + odd * step, x.shape[0], stride=2 * step), lanes] = x
             yield
         ref[...] = pltpu.bitcast(words[...].reshape(ref.shape[0], step, -1), ref.dtype)
 
     def turn(name, ref, words, out):
-        """A block [rows, heads, channels] as `bits` with heads first."""
+        """A block [rows, heads, channels] as `bits` with heads first, and zeros where it has fewer rows than `out`."""
         rows, heads, channels = ref.shape
+        here = slice(rows // 2)
+        if rows < 2 * out.shape[1]:
+            out[:, rows // 2 :] = jnp.zeros((heads, out.shape[1] - rows // 2, channels), jnp.int32)
         if not _strided(ref.shape):
             x = jnp.swapaxes(load(name, ref), 0, 1)
             for h in range(heads):
-                out[h] = bits(x[h])
+                out[h, here] = bits(x[h])
             return
         step = heads // 2
         words[...] = pltpu.bitcast(ref[...], jnp.int32).reshape(rows * step, channels)
@@ -413,7 +423,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
             if n.length % n.tokens:
                 row = 2 * iota(even_and_odd[0].shape, 0)
                 even_and_odd = [jnp.where(row + odd < there(name, rows), x, 0) for odd, x in enumerate(even_and_odd)]
-            out[2 * i, :, lanes], out[2 * i + 1, :, lanes] = _exchanged(*even_and_odd)
+            out[2 * i, here, lanes], out[2 * i + 1, here, lanes] = _exchanged(*even_and_odd)
 
     def body(*every_ref):
         refs = iter(every_ref)
@@ -422,7 +432,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
         (s_ref,) = refs
         for name in turned:
             turn(name, found[name], words[name], heads_first[name])
-        found |= heads_first | {name: load(name, found[name]) for name in ("beta", "g") if name in found} | between
+        found |= heads_first | {name: columns(name, found[name]) for name in ("beta", "g") if name in found} | between
 
         def begin():
             @pl.when(pl.program_id(2) == 0)
@@ -441,7 +451,8 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
 
     def scratch(name, turned):
         _, rows, heads, channels = layouts[name].block_shape
-        return pltpu.VMEM((heads, rows // 2, channels) if turned else (rows * heads // 2, channels), jnp.int32)
+        held = ROWS if rows == n.rows else rows
+        return pltpu.VMEM((heads, held // 2, channels) if turned else (rows * heads // 2, channels), jnp.int32)
 
     return pl.pallas_call(
         body,

@@ -98,7 +98,7 @@ class _Ahead:
         n, refs, half = self.n, self.refs, self.n.nh // 2
         pairs = range(half)
         q, k = (PerHead(refs[name], n.nh // n.kh) for name in "qk")
-        gates = Gates(refs["beta"], refs.get("g"), n.tokens)
+        gates = Gates(refs["beta"], refs.get("g"), n.tokens, n.steps)
         scores, _ = gates.scores(pairs, q, k)
         yield
         rows = [gates.beta_rows[p : p + 1] for p in pairs]

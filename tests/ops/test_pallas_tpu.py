@@ -59,7 +59,8 @@ def test_float32(batch, length, steps, heads, value_heads, key_dim, value_dim, g
         (1, 1, 2, "channel", 0.5),
         (1, 2, 4, "scalar", 0.5),  # from here in pairs of heads
         (2, 4, 4, None, 0.5),
-        (2, 4, 4, "strong", 0.95),
+        (3, 4, 4, "strong", 0.95),  # 48 rows of 64
+        (4, 4, 4, None, 0.95),
     ],
 )
 def test_bfloat16(steps, heads, value_heads, gate, cosine):
@@ -78,11 +79,12 @@ def test_pairs_of_heads_with_segments():
     [
         (True, 1, 16, 16, 128, 3, "bfloat16"),
         (True, 2, 2, 4, 64, None, "bfloat16"),
-        (False, 4, 2, 4, 64, None, "bfloat16"),
+        (True, 4, 2, 4, 64, None, "bfloat16"),
         (True, 2, 4, 4, 256, 3, "bfloat16"),
         (False, 1, 16, 16, 128, 3, "float32"),
         (False, 1, 16, 16, 128, 4, "bfloat16"),
-        (False, 3, 16, 16, 128, 3, "bfloat16"),
+        (True, 3, 16, 16, 128, 3, "bfloat16"),
+        (False, 5, 16, 16, 128, 3, "bfloat16"),
         (False, 1, 6, 6, 128, 3, "bfloat16"),
         (False, 2, 16, 16, 256, 3, "bfloat16"),
         (False, 1, 20, 20, 128, 3, "bfloat16"),
@@ -208,6 +210,7 @@ mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "tensor"))
 for number, (steps, heads, value_heads, dim, gate, dtype) in enumerate((
     (1, 2, 4, 64, 1, "float32"), (1, 4, 4, 128, 1, "bfloat16"), (2, 4, 4, 64, 0, "bfloat16"), (3, 1, 1, 40, 1, "float32"),
     (4, 2, 4, 128, 1, "bfloat16"), (1, 1, 1, 256, 1, "bfloat16"), (1, 2, 4, 128, 2, "bfloat16"), (3, 1, 1, 40, 2, "float32"),
+    (3, 4, 4, 64, 1, "bfloat16"),
 )):
     def array(*shape, dtype, heads_axis):
         layout = ["data", *[None] * (heads_axis - 1), "tensor"]
