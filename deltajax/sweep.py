@@ -2,7 +2,8 @@
 
 The grid is the experiment file's `get_grid()`, or made of flags: `--grid=config.seed=0,1,2 --grid=beta_max=1,2`. Names are
 arguments of the file's get_config(); names that begin with `config.` are keys of its config. All results go into one CSV,
-rewritten whenever a member ends. The same command continues an interrupted sweep, and does again what failed.
+rewritten whenever a member ends; rows of runs that are not of this grid stay in it. The same command continues an interrupted
+sweep, and does again what failed.
 """
 
 import sys

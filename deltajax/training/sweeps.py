@@ -50,7 +50,12 @@ class Member:
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return slug(",".join(f"{k.removeprefix(CONFIG)}={v}" for k, v in self.settings.items())) or "only"
+        return slug(",".join(f"{k}={v}" for k, v in self.by_column.items())) or "only"
+
+    @property
+    def by_column(self) -> dict[str, str]:
+        """Its settings by the names that they have in the table."""
+        return {name.removeprefix(CONFIG): value for name, value in self.settings.items()}
 
 
 def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | None = None) -> list[Member]:
@@ -116,8 +121,11 @@ def _products(tables: Iterable[Mapping[str, Iterable[Any]]]) -> Iterator[dict[st
 def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, bins: int = 32) -> None:
     """Train the members that are not complete, `jobs` at a time, and keep `table` up to date.
 
+    What the table holds of runs that are not of this grid stays in it.
+
     Raises:
-      ValueError: the table is a folder, or a member's folder holds a run of another config; nothing was trained.
+      ValueError: the table is a folder or one of something else, or a member's folder holds a run of another config; nothing
+        was trained.
       RunError: interrupted, or some members failed; all others are complete by then.
     """
     if table.is_dir():
@@ -126,23 +134,24 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
     with checkpoint.lock(workdir):
         for member in found:
             _check_folder(member, workdir / member.name)
+        others = _others(found, table)
         waiting = [member for member in found if not _is_complete(member, workdir)]
         print(f"{len(found)} members, {len(found) - len(waiting)} of them complete; results in {table}", flush=True)
         failures: dict[str, str] = {}
         try:
-            asyncio.run(_run_all(found, waiting, workdir, table, failures, jobs, bins))
+            asyncio.run(_run_all(found, waiting, workdir, table, failures, jobs, bins, others))
         except KeyboardInterrupt:
             complete = sum(_is_complete(member, workdir) for member in found)
             raise RunError(
                 f"interrupted; {complete} of {len(found)} members are complete, the same command continues"
             ) from None
-        write_table(found, workdir, table, failures, bins)
+        write_table(found, workdir, table, failures, bins, others)
     if failures:
         name, reason = next(iter(failures.items()))
         raise RunError(f"{len(failures)} of {len(found)} members failed; the first is {name}: {reason}")
 
 
-async def _run_all(found, waiting, workdir, table, failures, jobs, bins):
+async def _run_all(found, waiting, workdir, table, failures, jobs, bins, others):
     """Let `jobs` workers take members from one queue; a worker that dies takes one member with it and is replaced."""
     queue = collections.deque(waiting)
     bar = tqdm.tqdm(total=len(waiting), unit="run", disable=not sys.stderr.isatty())
@@ -161,7 +170,7 @@ async def _run_all(found, waiting, workdir, table, failures, jobs, bins):
                 bar.clear()
                 seconds = time.perf_counter() - started
                 print(f"[{next(done)}/{len(waiting)}] {member.name}: {outcome} ({seconds:.0f} s)", flush=True)
-                write_table(found, workdir, table, failures, bins)
+                write_table(found, workdir, table, failures, bins, others)
         finally:
             await worker.close()
 
@@ -269,18 +278,59 @@ def _describe(folder: Path) -> str:
     )
 
 
+def _columns(found: Sequence[Member]) -> list[str]:
+    """Names in the table of what sets members apart."""
+    return list(dict.fromkeys(name for member in found for name in member.by_column))
+
+
+def _others(found: Sequence[Member], table: Path) -> list[dict[str, str]]:
+    """Rows that the table already holds of runs that are not in `found`.
+
+    Raises:
+      ValueError: it is not a table of a sweep over the same settings.
+    """
+    if not table.exists():
+        return []
+    columns = _columns(found)
+    with open(table, newline="") as file:
+        rows = csv.DictReader(file)
+        names = [name for name in rows.fieldnames or () if name not in COLUMNS]
+        if set(names) != set(columns) or not set(COLUMNS) <= set(rows.fieldnames or ()):
+            they = f"of runs told apart by {', '.join(names)}" if names else "of something else"
+            raise ValueError(f"--csv={table}: a table {they}, not by {', '.join(columns)}; name another file")
+        mine = {tuple(_number(member.by_column.get(column, "")) for column in columns) for member in found}
+        return [row for row in rows if tuple(_number(row[column]) for column in columns) not in mine]
+
+
+def _number(text: str) -> float | str:
+    """2 and 2.0 are the same setting."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def write_table(
-    found: Sequence[Member], workdir: Path, table: Path, failures: Mapping[str, str], bins: int = 32
+    found: Sequence[Member],
+    workdir: Path,
+    table: Path,
+    failures: Mapping[str, str],
+    bins: int = 32,
+    others: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """The results of all members so far: a row per number, see `results`; one row with its reason for a failed member."""
-    names = list(dict.fromkeys(name for member in found for name in member.settings))
-    columns = [name.removeprefix(CONFIG) for name in names]
+    """The results of all members so far: a row per number, see `results`; one row with its reason for a failed member.
+
+    Args:
+      others: rows to begin with, by the names of the columns.
+    """
+    columns = _columns(found)
     temporary = table.with_name(table.name + ".tmp")
     with open(temporary, "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow([*columns, *COLUMNS])
+        rows.writerows([row[name] for name in (*columns, *COLUMNS)] for row in others)
         for member in found:
-            settings = [member.settings.get(name, "") for name in names]
+            settings = [member.by_column.get(name, "") for name in columns]
             if member.name in failures:
                 rows.writerow([*settings, f"failed: {failures[member.name]}", "", "", "", "", ""])
             elif _is_complete(member, workdir):

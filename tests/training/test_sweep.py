@@ -93,6 +93,25 @@ def test_only_what_is_not_complete_is_done_again(swept, monkeypatch, capfd):
     assert [line for line in (workdir / "again.csv").read_text().splitlines() if "failed" not in line] == complete
 
 
+def test_more_members_go_into_the_table_that_is_there(swept, tmp_path, capfd):
+    """A member again, its number written in another way, replaces its rows; a table of something else is not touched."""
+    table = tmp_path / "table.csv"
+    shutil.copy(swept[1] / "results.csv", table)
+    before = read(table)
+    command = ["sweep", f"--config={FILE}", f"--workdir={tmp_path}", f"--csv={table}", "--bins=3", "--grid=group=S3"]
+    for rate in ("0.01", "1e-2"):
+        assert sweep.main([*command, f"--grid=learning_rate={rate}", "--grid=config.seed=7"]) == 0
+        after = read(table)
+        assert after[: len(before)] == before
+        assert {(row["learning_rate"], row["seed"]) for row in after[len(before) :]} == {(rate, "7")}
+    assert sweep.main([*command, "--grid=config.steps=4"]) == 2
+    assert (
+        "a table of runs told apart by group, learning_rate, seed, not by group, steps; name another"
+        in capfd.readouterr().err
+    )
+    assert read(table) == after
+
+
 def test_a_folder_of_another_config_is_refused_and_kept(swept, capfd):
     """Its run is complete, and would otherwise stand in the table under a config that it never had."""
     _, workdir = swept
