@@ -2,11 +2,15 @@
 //
 // Every map [H + margins, W + margins, C] stays in memory; the margins are zeros, so no window has a border. A map computes
 // the pixels of which a window holds a changed pixel, from whole inputs, writes them over the old ones and notes which of
-// them differ. Such pixels are collected into strips, whereever they lie: a strip's sums (12 pixels of 2 vectors of channels)
+// them differ. Such pixels are collected into strips, wherever they lie: a strip's sums (12 pixels of 2 vectors of channels)
 // stand in registers while the window passes by. A pixel's sum is taken in one order (rows of the window, then columns and
 // channels), in whatever strip it stands: so a frame that is computed pixel by pixel equals one computed densely, bit for bit.
 //
 // The network comes as numbers (`Program` below), its parameters as one array, packed by `delta_convolution.py`.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <vector>
 
 #include "team.h"
@@ -41,12 +45,24 @@ struct Node {
   std::vector<Source> sources;
 
   float* map = nullptr;
-  uint8_t* changed = nullptr;  // [height, width]
-  bool any = false;
+  uint8_t* changed = nullptr;       // [height, width]: pixels that differ from the frame before
+  uint8_t* changed_rows = nullptr;  // [height]: rows that have one
+  bool any = false;                 // whether one may be there
 
   // Where a pixel begins, counted in numbers.
   int64_t at(int64_t y, int64_t x) const { return ((y + margin) * row + x + margin) * channels; }
+
+  // Threads may mark the same pixel: each computes some of its channels.
+  void mark(int64_t y, int64_t x) const {
+    __atomic_store_n(changed + y * width + x, uint8_t{1}, __ATOMIC_RELAXED);
+    __atomic_store_n(changed_rows + y, uint8_t{1}, __ATOMIC_RELAXED);
+  }
 };
+
+// A pixel's place in a map of at most 2^15 rows and columns.
+int32_t position(int64_t y, int64_t x) { return static_cast<int32_t>(y << 16 | x); }
+int64_t row_of(int32_t position) { return position >> 16; }
+int64_t column_of(int32_t position) { return position & 0xffff; }
 
 // Nodes as numbers: kind, height, width, channels, margins before and after, activation, groups, offset of the bias, of the
 // step, step_apart, number of sources; and of each source: node, size, stride, padding before, offset of the weights.
@@ -107,11 +123,16 @@ struct Ending {
   const Node& node;
   bool compare;
 
+  // Of a pixel.
+  const float* steps(int32_t place) const {
+    return node.step_apart ? node.step + (row_of(place) * node.width + column_of(place)) * node.step_apart : node.step;
+  }
+
   // In which bits the new numbers differ from the old ones.
-  Words write(float* to, int64_t c, int64_t n, int64_t pixel, Floats y) const {
+  Words write(float* to, int64_t c, int64_t n, const float* steps, Floats y) const {
     y = activate(node.activation, y);
-    if (node.step) {
-      const Floats q = load(node.step + pixel * node.step_apart + c, n);
+    if (steps) {
+      const Floats q = load(steps + c, n);
       y = round(y / q) * q;
     }
     y += 0.f;  // no negative zeros
@@ -128,17 +149,19 @@ struct Ending {
 };
 
 bool any(const Words& x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bits<__m512i>(x), bits<__m512i>(x)) != 0;
+#endif
   uint64_t parts[sizeof(x) / 8], all = 0;
   std::memcpy(parts, &x, sizeof(x));
   for (uint64_t part : parts) all |= part;
   return all != 0;
 }
 
-void mark(uint8_t* changed) { __atomic_store_n(changed, uint8_t{1}, __ATOMIC_RELAXED); }
-
-// Pixels of a task: which of their map, and where the windows of a convolution's one or two sources and they themselves begin.
+// Pixels of a task: their places, and where the windows of a convolution's one or two sources and they themselves begin.
 struct Pixels {
-  int64_t count = 0, index[kChunk], first[kChunk], second[kChunk], own[kChunk];
+  const int32_t* places;
+  int64_t count, first[kChunk], second[kChunk], own[kChunk];
 };
 
 // A window's part of one group of channels: rows `pitch` apart, of `segments` that are `apart`, of `length` numbers.
@@ -179,6 +202,9 @@ struct Block {
 
 template <int P, int V>
 void strip(const Block& block, const Pixels& pixels, int64_t from) {
+  // The old numbers, or the memory to be written, have time to come meanwhile.
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) __builtin_prefetch(block.ending.node.map + pixels.own[from + p] + block.channel, 1);
   Floats sums[P][V];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p)
@@ -189,16 +215,17 @@ void strip(const Block& block, const Pixels& pixels, int64_t from) {
   const bool add = block.second.map && !block.shortcut;
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
-    const int64_t pixel = pixels.index[from + p];
+    const int32_t place = pixels.places[from + p];
+    const float* steps = block.ending.steps(place);
     float* to = block.ending.node.map + pixels.own[from + p];
     Words differ{};
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       const int64_t c = v * kWidth, n = block.count - c;
       if (add) sums[p][v] += load(block.second.map + pixels.second[from + p] + block.channel + c, n);
-      differ |= block.ending.write(to, block.channel + c, n, pixel, sums[p][v]);
+      differ |= block.ending.write(to, block.channel + c, n, steps, sums[p][v]);
     }
-    if (any(differ)) mark(block.ending.node.changed + pixel);
+    if (any(differ)) block.ending.node.mark(row_of(place), column_of(place));
   }
 }
 
@@ -289,11 +316,11 @@ void depthwise(const Block& block, const Pixels& pixels, int64_t from) {
     for (int p = 0; p < P; ++p) {
       if (block.second.map) sums[p] += load(block.second.map + pixels.second[from + p] + c, n);
       float* to = block.ending.node.map + pixels.own[from + p];
-      differ[p] |= block.ending.write(to, c, n, pixels.index[from + p], sums[p]);
+      differ[p] |= block.ending.write(to, c, n, block.ending.steps(pixels.places[from + p]), sums[p]);
     }
   }
   for (int p = 0; p < P; ++p)
-    if (any(differ[p])) mark(block.ending.node.changed + pixels.index[from + p]);
+    if (any(differ[p])) block.ending.node.mark(row_of(pixels.places[from + p]), column_of(pixels.places[from + p]));
 }
 
 template <std::size_t... P>
@@ -319,9 +346,10 @@ void convolve_depthwise(const std::vector<Node>& nodes, const Ending& ending, co
 }
 
 // Pooling, sums and concatenations: one pixel.
-void combine(const std::vector<Node>& nodes, const Ending& ending, int64_t y, int64_t x) {
+void combine(const std::vector<Node>& nodes, const Ending& ending, int32_t place) {
   const Node& node = ending.node;
-  const int64_t pixel = y * node.width + x;
+  const int64_t y = row_of(place), x = column_of(place);
+  const float* steps = ending.steps(place);
   float* to = node.map + node.at(y, x);
   Words differ{};
   auto begin = [&](const Source& source) {
@@ -334,7 +362,7 @@ void combine(const std::vector<Node>& nodes, const Ending& ending, int64_t y, in
       const int64_t channels = nodes[source.node].channels;
       const float* from = begin(source);
       for (int64_t i = 0; i < channels; i += kWidth)
-        differ |= ending.write(to, c + i, std::min(kWidth, channels - i), pixel, load(from + i, channels - i));
+        differ |= ending.write(to, c + i, std::min(kWidth, channels - i), steps, load(from + i, channels - i));
       c += channels;
     }
   } else {
@@ -353,64 +381,74 @@ void combine(const std::vector<Node>& nodes, const Ending& ending, int64_t y, in
             value = other > value ? other : value;
           }
       }
-      differ |= ending.write(to, c, n, pixel, value);
+      differ |= ending.write(to, c, n, steps, value);
     }
   }
-  if (any(differ)) mark(node.changed + pixel);
+  if (any(differ)) node.mark(y, x);
 }
 
-// One row of the input; changed numbers are gathered in `differ`, as many as the row has. Returns the changed pixels.
-int64_t read_frame(const Node& node, const float* frame, bool compare, int64_t y, uint8_t* differ) {
-  const int64_t numbers = node.width * node.channels, pixel = y * node.width;
-  const float* from = frame + y * numbers;
+// Row y of the input; `differ`: scratch, as many numbers as the row has. Returns how many pixels changed.
+int64_t read_frame(const Node& node, const float* frame, bool compare, int64_t y, uint32_t* differ) {
+  const int64_t width = node.width, channels = node.channels, numbers = width * channels;
+  const float *from = frame + y * numbers, *steps = node.step + y * node.step_apart;  // an input's steps are those of a row
   float* to = node.map + node.at(y, 0);
   const Ending ending{node, compare};
-  uint8_t* changed = node.changed + pixel;
   Words all{};
   for (int64_t i = 0; i < numbers; i += kWidth) {
-    const int64_t n = std::min(kWidth, numbers - i);
-    // Steps of an input are those of a row.
-    const Words here = ending.write(to, i, n, y, load(from + i, n));
+    const Words here = ending.write(to, i, numbers - i, node.step ? steps : nullptr, load(from + i, numbers - i));
     all |= here;
-    for (int64_t j = 0; j < n; ++j) differ[i + j] = here[j] != 0;
+    std::memcpy(differ + i, &here, std::min(kWidth, numbers - i) * sizeof(uint32_t));
   }
-  std::memset(changed, 0, node.width);
-  if (!compare || !any(all)) return 0;
+  uint8_t* changed = node.changed + y * width;
+  node.changed_rows[y] = compare && any(all);
+  if (!node.changed_rows[y]) {
+    std::memset(changed, 0, width);
+    return 0;
+  }
   int64_t count = 0;
-  for (int64_t x = 0; x < node.width; ++x) {
-    uint8_t one = 0;
-    for (int64_t c = 0; c < node.channels; ++c) one |= differ[x * node.channels + c];
-    changed[x] = one;
-    count += one;
-  }
+  auto fill = [&](auto each) {
+    for (int64_t x = 0; x < width; ++x) {
+      uint32_t one = 0;
+      for (int64_t c = 0; c < each; ++c) one |= differ[x * each + c];
+      changed[x] = one != 0;
+      count += one != 0;
+    }
+  };
+  channels == 3 ? fill(std::integral_constant<int64_t, 3>()) : fill(channels);
   return count;
 }
 
-// Pixels of row y that read a changed pixel are set in `dirty` [width]; `seen`: scratch, as long as a source's row with margins.
-void find_readers(const std::vector<Node>& nodes, const Node& node, int64_t y, uint8_t* dirty, uint8_t* seen) {
-  std::memset(dirty, 0, node.width);
-  for (const Source& source : node.sources) {
-    const Node& read = nodes[source.node];
-    if (!read.any) continue;
-    const int64_t last = (node.width - 1) * source.stride + source.size, top = y * source.stride - source.before;
-    std::memset(seen, 0, std::max(last, source.before + read.width));
-    for (int64_t row = std::max<int64_t>(top, 0); row < std::min(top + source.size, read.height); ++row) {
-      const uint8_t* changed = read.changed + row * read.width;
-      for (int64_t x = 0; x < read.width; ++x) seen[source.before + x] |= changed[x];
-    }
-    for (int64_t k = 0; k < source.size; ++k) {
-      if (source.stride == 1)
-        for (int64_t x = 0; x < node.width; ++x) dirty[x] |= seen[x + k];
-      else
-        for (int64_t x = 0; x < node.width; ++x) dirty[x] |= seen[x * source.stride + k];
-    }
-  }
+// to[x] |= from[x * stride]
+void merge(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t count, int64_t stride) {
+  if (stride == 1)
+    for (int64_t x = 0; x < count; ++x) to[x] |= from[x];
+  else if (stride == 2)
+    for (int64_t x = 0; x < count; ++x) to[x] |= from[2 * x];
+  else
+    for (int64_t x = 0; x < count; ++x) to[x] |= from[stride * x];
 }
 
-// A pixel's place in a map of at most 2^15 rows and columns.
-int32_t position(int64_t y, int64_t x) { return static_cast<int32_t>(y << 16 | x); }
-int64_t row_of(int32_t position) { return position >> 16; }
-int64_t column_of(int32_t position) { return position & 0xffff; }
+// Pixels of row y that read a changed pixel are set in `dirty` [width]; false: there are none, and nothing is written.
+// `seen`: scratch, as long as a source's row with margins.
+bool find_readers(const std::vector<Node>& nodes, const Node& node, int64_t y, uint8_t* dirty, uint8_t* seen) {
+  bool found = false;
+  for (const Source& source : node.sources) {
+    const Node& read = nodes[source.node];
+    const int64_t top = y * source.stride - source.before, stop = std::min(top + source.size, read.height);
+    bool here = false;
+    for (int64_t row = std::max<int64_t>(top, 0); read.any && row < stop; ++row) {
+      if (!read.changed_rows[row]) continue;
+      if (!here) std::memset(seen, 0, std::max((node.width - 1) * source.stride + source.size, source.before + read.width));
+      here = true;
+      merge(seen + source.before, read.changed + row * read.width, read.width, 1);
+    }
+    if (!here) continue;
+    if (!found) std::memset(dirty, 0, node.width);
+    found = true;
+    for (int64_t k = 0; k < source.size; ++k) merge(dirty, seen + k, node.width, source.stride);
+  }
+  return found;
+}
 
 // Places of the pixels of row y that are set, in order; their number.
 int64_t collect(const uint8_t* set, int64_t y, int64_t width, int32_t* places) {
@@ -439,24 +477,24 @@ struct Task {
 class Network {
  public:
   Network(std::vector<Node> nodes, Team& team) : nodes_(std::move(nodes)), team_(team) {
-    int64_t masks = 0, numbers = 0, pixels = 0, rows = 0;
+    int64_t masks = 0, bytes = 0, pixels = 0, bands = 0;
     for (const Node& node : nodes_) {
-      masks += node.height * node.width;
+      masks += node.height * (node.width + 1);
       pixels = std::max(pixels, node.height * node.width);
-      numbers = std::max(numbers, (node.width + 2 * node.margin + 64) * (node.kind == kInput ? node.channels : 2));
-      rows = std::max(rows, node.height);
+      bytes = std::max(bytes, node.kind == kInput ? 4 * node.width * node.channels : 2 * (node.width + 2 * node.margin));
+      bands = std::max(bands, (node.height - 1) / rows_of_band(node) + 1);
     }
-    row_bytes_ = (numbers + 63) / 64 * 64;
-    rows_per_band_ = 1;
+    band_bytes_ = (bytes / 2 + 63) / 64 * 128;
     const int64_t listed = (pixels + 15) / 16 * 16;
-    char* memory = Scratch::of<char>(listed * 4 + rows * 8 + team.size() * 0 + rows * row_bytes_ + masks);
+    char* memory = Scratch::of<char>(listed * 4 + bands * 8 + bands * band_bytes_ + masks);
     list_ = reinterpret_cast<int32_t*>(memory);
     counts_ = reinterpret_cast<int64_t*>(memory + listed * 4);
-    scratch_ = reinterpret_cast<uint8_t*>(counts_ + rows);
-    uint8_t* mask = scratch_ + rows * row_bytes_;
+    scratch_ = reinterpret_cast<uint8_t*>(counts_ + bands);
+    uint8_t* mask = scratch_ + bands * band_bytes_;
     for (Node& node : nodes_) {
       node.changed = mask;
-      mask += node.height * node.width;
+      node.changed_rows = mask + node.height * node.width;
+      mask = node.changed_rows + node.height;
     }
   }
 
@@ -487,11 +525,11 @@ class Network {
 
  private:
   int64_t input(Node& node, const float* frame, bool started) {
-    const int64_t band = rows_per_band(node), bands = (node.height + band - 1) / band;
+    const int64_t band = rows_of_band(node), bands = (node.height + band - 1) / band;
     team_.run(bands, [&](int64_t i) {
       counts_[i] = 0;
       for (int64_t y = i * band; y < std::min((i + 1) * band, node.height); ++y)
-        counts_[i] += read_frame(node, frame, started, y, scratch_ + i * row_bytes_);
+        counts_[i] += read_frame(node, frame, started, y, reinterpret_cast<uint32_t*>(scratch_ + i * band_bytes_));
     });
     int64_t count = 0;
     for (int64_t i = 0; i < bands; ++i) count += counts_[i];
@@ -500,28 +538,28 @@ class Network {
   }
 
   // Rows whose pixels one thread lists.
-  int64_t rows_per_band(const Node& node) const { return std::max<int64_t>(1, 1024 / node.width); }
+  static int64_t rows_of_band(const Node& node) { return std::max<int64_t>(1, 1024 / node.width); }
 
   int64_t compute(Node& node, bool started) {
     node.any = false;
     if (started && std::none_of(node.sources.begin(), node.sources.end(),
                                 [&](const Source& source) { return nodes_[source.node].any; }))
       return 0;
-    const int64_t band = rows_per_band(node), bands = (node.height + band - 1) / band;
+    const int64_t band = rows_of_band(node), bands = (node.height + band - 1) / band;
     team_.run(bands, [&](int64_t i) {
       const int64_t from = i * band, to = std::min(from + band, node.height);
       int32_t* list = list_ + from * node.width;
-      uint8_t *dirty = scratch_ + i * row_bytes_, *seen = dirty + row_bytes_ / 2;
+      uint8_t *dirty = scratch_ + i * band_bytes_, *seen = dirty + band_bytes_ / 2;
       int64_t count = 0;
       for (int64_t y = from; y < to; ++y) {
         if (started) {
-          find_readers(nodes_, node, y, dirty, seen);
-          count += collect(dirty, y, node.width, list + count);
+          if (find_readers(nodes_, node, y, dirty, seen)) count += collect(dirty, y, node.width, list + count);
         } else {
           for (int64_t x = 0; x < node.width; ++x) list[count++] = position(y, x);
         }
       }
       std::memset(node.changed + from * node.width, 0, (to - from) * node.width);
+      std::memset(node.changed_rows + from, 0, to - from);
       counts_[i] = count;
     });
     int64_t total = 0;
@@ -533,7 +571,7 @@ class Network {
     team_.run(static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
       const Task& task = tasks_[i];
       if (!dense) {
-        for (int64_t p = 0; p < task.count; ++p) combine(nodes_, ending, row_of(task.pixels[p]), column_of(task.pixels[p]));
+        for (int64_t p = 0; p < task.count; ++p) combine(nodes_, ending, task.pixels[p]);
         return;
       }
       Pixels pixels;
@@ -548,17 +586,18 @@ class Network {
   }
 
   void locate(const Node& node, const Task& task, Pixels& pixels) const {
+    pixels.places = task.pixels;
     pixels.count = task.count;
-    int64_t* begins[] = {pixels.first, pixels.second};
-    for (int64_t p = 0; p < task.count; ++p) {
-      const int64_t y = row_of(task.pixels[p]), x = column_of(task.pixels[p]);
-      pixels.index[p] = y * node.width + x;
-      pixels.own[p] = node.at(y, x);
-      for (std::size_t s = 0; s < node.sources.size(); ++s) {
-        const Source& source = node.sources[s];
-        begins[s][p] = nodes_[source.node].at(y * source.stride - source.before, x * source.stride - source.before);
-      }
-    }
+    auto begins = [&](const Node& read, int64_t stride, int64_t before, int64_t* to) {
+      const int32_t* places = task.pixels;
+      const int64_t count = task.count, first = read.at(-before, -before);
+      const int64_t down = stride * read.row * read.channels, across = stride * read.channels;
+      for (int64_t p = 0; p < count; ++p) to[p] = first + row_of(places[p]) * down + column_of(places[p]) * across;
+    };
+    int64_t* sources[] = {pixels.first, pixels.second};
+    for (std::size_t i = 0; i < node.sources.size(); ++i)
+      begins(nodes_[node.sources[i].node], node.sources[i].stride, node.sources[i].before, sources[i]);
+    begins(node, 1, 0, pixels.own);
   }
 
   // Tasks: of many pixels, so that weights are read seldom, but enough tasks for everybody.
@@ -594,7 +633,7 @@ class Network {
   int32_t* list_;
   int64_t* counts_;
   uint8_t* scratch_;
-  int64_t row_bytes_, rows_per_band_;
+  int64_t band_bytes_;
 };
 
 ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> frame, ffi::Buffer<ffi::PRED> started,

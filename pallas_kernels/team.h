@@ -12,7 +12,9 @@ namespace deltajax {
 // begun, so a pool that is busy cannot hang it.
 class Team {
  public:
-  explicit Team(xla::ffi::ThreadPool& pool) : size_(std::max<int64_t>(1, pool.num_threads())), shared_(std::make_shared<Shared>()) {
+  // pool: as XLA's.
+  template <typename Pool>
+  explicit Team(Pool& pool) : size_(std::max<int64_t>(1, pool.num_threads())), shared_(std::make_shared<Shared>()) {
     for (int64_t i = 1; i < size_; ++i)
       pool.Schedule([shared = shared_] {
         for (int64_t waited = 0; !(shared->ticket.load(std::memory_order_acquire) & kStop);)

@@ -165,12 +165,16 @@ class Stream:
         self._limits = jnp.asarray([self.limits[name] for name in self.nodes], jnp.int32)
 
     def init_state(self) -> State:
-        """The state before the first frame; also the reset of a stream."""
+        """The state before the first frame."""
         maps = {}
         for name, (height, width, channels) in self.sizes.items():
             before, after = self._margins[name]
             maps[name] = jnp.zeros((height + before + after, width + before + after, channels), jnp.float32)
         return State(maps, jnp.zeros((), bool), self._identity)
+
+    def reset(self, state: State) -> State:
+        """The state before the first frame, in the memory of this one, which is consumed."""
+        return dataclasses.replace(state, started=jnp.zeros((), bool))
 
     def step(
         self, state: State, frame: Float[Any, "H W C"]

@@ -106,10 +106,10 @@ def test_equals_dense_inference(name):
     assert runner.implementation == "native" and stream.calibrate(runner, [0] * 3) == {} == runner.limits
     dense = jax.jit(functools.partial(graph.apply, net))
     step_of = {node.name: params["maps"][node.name].get("step") for node in net.nodes}
-    state, before = runner.init_state(), None
+    state, fresh, before = runner.init_state(), runner.init_state(), None
     for t, frame in enumerate(clip(np.random.default_rng(3), size)):
         logits, state, counts = runner.step(state, frame)
-        fresh_logits, fresh, every = runner.step(runner.init_state(), frame)
+        fresh_logits, fresh, every = runner.step(runner.reset(fresh), frame)
         assert (np.asarray(every) == stream.DENSE).all() and (t == 0) == (counts[0] == stream.DENSE)
         np.testing.assert_array_equal(logits, fresh_logits)
         for a, b in zip(jax.tree.leaves(state.maps), jax.tree.leaves(fresh.maps), strict=True):

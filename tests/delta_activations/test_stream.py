@@ -79,8 +79,10 @@ def test_equals_dense_inference(basic):
     assert (kinds[4] == stream.DENSE).all()  # everything changed
     assert (kinds[2] >= 0).all() and (kinds[2] < [runner.tile_counts[name] // 2 for name in runner.nodes]).all()
     assert (kinds[3] == stream.DENSE).any() and (kinds[3] > 0).any()  # some maps overflow, not all
-    reset = runner.step(runner.init_state(), frame)
-    np.testing.assert_array_equal(reset[0], logits)
+    for start in (runner.init_state(), runner.reset(state)):
+        fresh, _, tiles = runner.step(start, frame)
+        np.testing.assert_array_equal(fresh, logits)
+        assert (np.asarray(tiles) == stream.DENSE).all()
 
 
 def test_every_map_is_exact_without_dense_fallback(basic):
