@@ -1,10 +1,10 @@
 """The delta product on a CPU by a kernel in C++ (`delta_product.cc`), token by token: float32 and float64, any shape.
 
-Differentiated in reverse mode. The backward keeps the inputs and the state before every `STEPS` steps.
+Differentiated once, in reverse mode. The backward keeps the inputs and the state before every `STEPS` steps.
 """
 
-import math
-import os
+import ctypes
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from pallas_kernels import manual_axes, native
 
 STEPS = 64  # of a chunk of the backward; with fewer, fresh memory for their states costs more than caches save
-VECTORS = 4  # at most so many vectors of columns are worked on together: what registers hold
 _SOURCE = "delta_product.cc"
 _TARGETS = tuple(
     f"deltajax_delta_product_{way}_{dtype}" for way in ("forward", "backward") for dtype in ("float32", "float64")
@@ -27,7 +26,8 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """
     register()
     dtype = initial_state.dtype
-    q, k, values, beta = (x.astype(dtype) for x in (scale * q, k, v, beta))
+    q, k, values, beta = (x.astype(dtype) for x in (q, k, v, beta))
+    q = (scale * q).astype(dtype)
     if g is None:
         g = jnp.zeros((*v.shape[:2], v.shape[3], 0), dtype)
     g = (g if g.ndim == 4 else g[..., None]).astype(dtype)
@@ -35,13 +35,13 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     return o.astype(v.dtype), state
 
 
-def register() -> None:
-    """Make the kernel known to XLA, for programs that were compiled by another process.
+def register() -> ctypes.CDLL:
+    """Make the kernel known to XLA, as a program needs that another process compiled; the library.
 
     Raises:
       NotImplementedError: the kernel cannot be compiled here.
     """
-    native.register(_SOURCE, _TARGETS)
+    return native.register(_SOURCE, _TARGETS)
 
 
 @jax.custom_vjp
@@ -69,9 +69,8 @@ def _scan_back(residuals, cotangents):
         decay.shape,
         (batch, value_heads, key_dim, value_dim),
     ]
-    columns = VECTORS * _lanes(v.dtype)
     arrays = (q, k, v, beta, decay, states, *cotangents)
-    dq, dk, dv, dbeta, dg, dinitial = _call("backward", shapes, *arrays, columns=columns, chunk=_tokens(steps))
+    dq, dk, dv, dbeta, dg, dinitial = _call("backward", shapes, *arrays, chunk=_tokens(steps))
 
     def by_key_head(x):
         return jnp.sum(x.reshape(*x.shape[:-2], heads, value_heads // heads, key_dim), axis=-2)
@@ -91,29 +90,22 @@ def _forward(q, k, v, beta, decay, initial_state, *, keep: bool):
         (batch, heads, key_dim, value_dim),
         (batch, heads, chunks, key_dim, value_dim),
     ]
-    columns = _columns(batch * heads, value_dim, v.dtype)
-    return _call("forward", shapes, q, k, v, beta, decay, initial_state, columns=columns, chunk=chunk)
+    return _call("forward", shapes, q, k, v, beta, decay, initial_state, chunk=chunk)
 
 
 def _call(way, shapes, *arrays, **attributes):
     dtype = arrays[0].dtype
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     call = jax.ffi.ffi_call(f"deltajax_delta_product_{way}_{dtype}", results, vmap_method="broadcast_all")
-    return [manual_axes.vary_alike(x, arrays[0])[0] for x in call(*arrays, **attributes)]
+    call = jax.custom_jvp(functools.partial(call, **attributes))
+    call.defjvp(_refuse)
+    return [manual_axes.vary_alike(x, arrays[0])[0] for x in call(*arrays)]
+
+
+def _refuse(primals, tangents):
+    raise NotImplementedError('"native_cpu" is differentiated once; implementation="chunked" as often as one likes')
 
 
 def _tokens(steps: int) -> int:
     """Of a chunk."""
     return max(1, STEPS // steps)
-
-
-def _lanes(dtype) -> int:
-    """Numbers in a vector of this processor."""
-    return native.register(_SOURCE, _TARGETS).deltajax_vector_bytes() // jnp.dtype(dtype).itemsize
-
-
-def _columns(rows: int, value_dim: int, dtype) -> int:
-    """Of V in a block of the forward, `rows` times: what registers hold, or less where processors would have nothing to do."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sizes = [count * _lanes(dtype) for count in (VECTORS, VECTORS // 2, 1)]
-    return next((size for size in sizes if rows * math.ceil(value_dim / size) >= processors), sizes[-1])

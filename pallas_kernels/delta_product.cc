@@ -24,9 +24,9 @@ using deltajax::sum;
 using deltajax::sums;
 using deltajax::Vector;
 
-// R steps per token; a decay for each token (0: none, 1: one number, K: one per key channel); `columns` of V in a block.
+// R steps per token; a decay for each token (0: none, 1: one number, K: one per key channel); tokens in a chunk.
 struct Sizes {
-  int64_t B, T, R, H, HV, K, V, decays, chunk, columns;
+  int64_t B = 1, T, R, H, HV, K, V, decays, chunk;
 
   int64_t chunks() const { return (T + chunk - 1) / chunk; }
   int64_t steps() const { return T * R; }
@@ -144,7 +144,8 @@ Row<T, N> step(int64_t K, const T* from, T* to, const T* k, const Row<T, N>& u, 
 }
 
 // One step backward, as the head of this file says. ds: dS before, and after it the gradient by the state that the step before
-// this one left, with (kDecay or `first`) what the token before reads by its query: q_before do_before^T. Returns ds^T k_before.
+// this one left; if this is its token's first (kFirst), with what the token before reads by its query: q_before do_before^T.
+// Returns ds^T k_before.
 template <typename T, int N, Decay kDecay, bool kFirst>
 Row<T, N> step_back(int64_t K, T* ds, const T* before, const T* k, const Row<T, N>& u, const Row<T, N>& beta_du, T* dk,
                     const T* decay, T* ddecay, bool more, const T* q_before, const Row<T, N>& do_before, const T* k_before) {
@@ -206,9 +207,12 @@ inline void add(Row<T, N>& row, T factor, const Row<T, N>& other) {
   for (int j = 0; j < N; ++j) row.x[j] += factor * other.x[j];
 }
 
-template <typename T>
-inline Decay kind(const Head<T>& head) {
-  return head.size.decays == 0 ? Decay::kNone : head.size.decays == 1 ? Decay::kNumber : Decay::kChannel;
+// `f` with the kind of decay that there is, as a constant.
+template <typename F>
+inline auto with_decay(int64_t decays, const F& f) {
+  if (decays == 0) return f(std::integral_constant<Decay, Decay::kNone>());
+  if (decays == 1) return f(std::integral_constant<Decay, Decay::kNumber>());
+  return f(std::integral_constant<Decay, Decay::kChannel>());
 }
 
 // Step i from one state to the next (which may be the same memory), whatever comes after it.
@@ -222,14 +226,9 @@ Row<T, N> advance(const Head<T>& head, int64_t i, const T* from, T* to, const Ro
   if ((i + 1) % size.R)
     return step<T, N, Decay::kNone, Read::kNothing>(size.K, from, to, k, u, q, read, dq, more, nullptr, next);
   const T* decay = ends ? nullptr : head.decay_of(token + 1);
-  switch (ends ? Decay::kNone : kind(head)) {
-    case Decay::kNumber:
-      return step<T, N, Decay::kNumber, kRead>(size.K, from, to, k, u, q, read, dq, more, decay, next);
-    case Decay::kChannel:
-      return step<T, N, Decay::kChannel, kRead>(size.K, from, to, k, u, q, read, dq, more, decay, next);
-    default:
-      return step<T, N, Decay::kNone, kRead>(size.K, from, to, k, u, q, read, dq, more, decay, next);
-  }
+  return with_decay(ends ? 0 : size.decays, [&](auto kind) {
+    return step<T, N, kind, kRead>(size.K, from, to, k, u, q, read, dq, more, decay, next);
+  });
 }
 
 // One head's block of columns, forward. All pointers are at the block's first column; checkpoints: null, or one state a chunk.
@@ -266,7 +265,6 @@ void backward(const Head<T>& head, int64_t columns, int64_t column, const T* che
               const Gradients<T>& to) {
   const Sizes& size = head.size;
   const int64_t most = size.chunk * size.R, one = size.K * N * kLanes<T>, wide = N * kLanes<T>;
-  const int64_t rows = size.HV;
   const bool more = column > 0;
   T* states = Scratch::of<T>((most + 2) * one + 2 * most * wide);
   T *ds = states + (most + 1) * one, *changes = ds + one, *errors = changes + most * wide;
@@ -291,7 +289,7 @@ void backward(const Head<T>& head, int64_t columns, int64_t column, const T* che
       u.to(changes + (i - first) * wide, wide);
       T* state = states + (i - first) * one;
       Row<T, N> read = dout_of(i / size.R);
-      seen = advance<T, N, Read::kGradients>(head, i, state, state + one, u, read, to.dq + i / size.R * rows * size.K,
+      seen = advance<T, N, Read::kGradients>(head, i, state, state + one, u, read, to.dq + i / size.R * size.HV * size.K,
                                              more);
     }
     for (int64_t i = stop - 1; i >= first; --i) {
@@ -299,9 +297,9 @@ void backward(const Head<T>& head, int64_t columns, int64_t column, const T* che
       const Row<T, N> beta_du = du.times(head.step_size(i));
       beta_du.to(to.dv + i * size.HV * size.V, columns);
       const T dbeta = du.dot(Row<T, N>::from(errors + (i - first) * wide, wide));
-      to.dbeta[i * rows] = more ? to.dbeta[i * rows] + dbeta : dbeta;
+      to.dbeta[i * size.HV] = more ? to.dbeta[i * size.HV] + dbeta : dbeta;
       const T *state = states + (i - first) * one, *k = head.key(i), *k_before = head.key(i ? i - 1 : 0);
-      T* dk = to.dk + i * rows * size.K;
+      T* dk = to.dk + i * size.HV * size.K;
       if (i % size.R) {
         du = step_back<T, N, Decay::kNone, false>(size.K, ds, state, k, u, beta_du, dk, nullptr, nullptr, more, nullptr, {}, k_before);
         continue;
@@ -309,17 +307,10 @@ void backward(const Head<T>& head, int64_t columns, int64_t column, const T* che
       const int64_t token = i / size.R, before = token ? token - 1 : 0;
       const Row<T, N> dbefore = token ? dout_of(before) : Row<T, N>();
       const T *decay = head.decay_of(token), *q = head.query(before);
-      T* ddecay = to.ddecay + token * rows * size.decays;
-      switch (kind(head)) {
-        case Decay::kNumber:
-          du = step_back<T, N, Decay::kNumber, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, more, q, dbefore, k_before);
-          break;
-        case Decay::kChannel:
-          du = step_back<T, N, Decay::kChannel, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, more, q, dbefore, k_before);
-          break;
-        default:
-          du = step_back<T, N, Decay::kNone, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, more, q, dbefore, k_before);
-      }
+      T* ddecay = to.ddecay + token * size.HV * size.decays;
+      du = with_decay(size.decays, [&](auto kind) {
+        return step_back<T, N, kind, true>(size.K, ds, state, k, u, beta_du, dk, decay, ddecay, more, q, dbefore, k_before);
+      });
     }
   }
   pack<T, N>(size, ds, to.dinitial, columns);
@@ -335,27 +326,42 @@ void with_vectors(int64_t columns, const F& f) {
 
 // Sizes from the arguments' last dimensions; what stands before them (one of `vmap` too) is the batch.
 template <typename Buffer>
-Sizes sizes(const Buffer& k, const Buffer& v, const Buffer& decay, int64_t chunk, int64_t columns) {
+Sizes sizes(const Buffer& k, const Buffer& v, const Buffer& decay, int64_t chunk) {
   const auto keys = k.dimensions(), values = v.dimensions();
   const auto n = keys.size();
-  Sizes size{1,           keys[n - 4],   keys[n - 3],   keys[n - 2], values[n - 2],
-             keys[n - 1], values[n - 1], decay.dimensions().back(), chunk, columns};
+  Sizes size;
   for (std::size_t i = 0; i + 4 < n; ++i) size.B *= keys[i];
+  size.T = keys[n - 4];
+  size.R = keys[n - 3];
+  size.H = keys[n - 2];
+  size.K = keys[n - 1];
+  size.HV = values[n - 2];
+  size.V = values[n - 1];
+  size.decays = decay.dimensions().back();
+  size.chunk = chunk;
   return size;
+}
+
+// Of V in a block, whatever the shapes and however many processors: so the order of sums does not depend on them.
+template <typename T>
+constexpr int64_t kColumns = 4 * kLanes<T>;
+
+ffi::Error ended(bool complete) {
+  return complete ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "delta product: out of memory");
 }
 
 template <ffi::DataType kType>
 ffi::Error run_forward(ffi::ThreadPool pool, ffi::Buffer<kType> q, ffi::Buffer<kType> k, ffi::Buffer<kType> v,
                        ffi::Buffer<kType> beta, ffi::Buffer<kType> decay, ffi::Buffer<kType> initial,
                        ffi::ResultBuffer<kType> o, ffi::ResultBuffer<kType> final, ffi::ResultBuffer<kType> checkpoints,
-                       int64_t chunk, int64_t columns) {
+                       int64_t chunk) {
   using T = ffi::NativeType<kType>;
-  const Sizes size = sizes(k, v, decay, chunk, columns);
+  const Sizes size = sizes(k, v, decay, chunk);
   const bool keep = checkpoints->element_count() > 0;
-  const int64_t blocks = (size.V + columns - 1) / columns;
-  deltajax::parallel_for(pool, size.B * size.HV * blocks, [&](int64_t task) {
-    const int64_t column = task % blocks * columns, b = task / blocks / size.HV, h = task / blocks % size.HV;
-    const int64_t count = std::min(columns, size.V - column);
+  const int64_t blocks = (size.V + kColumns<T> - 1) / kColumns<T>;
+  return ended(deltajax::parallel_for(pool, size.B * size.HV * blocks, [&](int64_t task) {
+    const int64_t column = task % blocks * kColumns<T>, b = task / blocks / size.HV, h = task / blocks % size.HV;
+    const int64_t count = std::min(kColumns<T>, size.V - column);
     const Head<T> head(size, b, h, q.typed_data(), k.typed_data(), v.typed_data(), beta.typed_data(), decay.typed_data());
     const int64_t row = b * size.HV + h, state = row * size.K * size.V + column;
     with_vectors<T>(count, [&](auto vectors) {
@@ -363,8 +369,7 @@ ffi::Error run_forward(ffi::ThreadPool pool, ffi::Buffer<kType> q, ffi::Buffer<k
                           o->typed_data() + (b * size.T * size.HV + h) * size.V + column, final->typed_data() + state,
                           keep ? checkpoints->typed_data() + row * size.chunks() * size.K * size.V + column : nullptr);
     });
-  });
-  return ffi::Error::Success();
+  }));
 }
 
 template <ffi::DataType kType>
@@ -372,15 +377,15 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::Buffer<kType> q, ffi::Buffer<
                         ffi::Buffer<kType> beta, ffi::Buffer<kType> decay, ffi::Buffer<kType> checkpoints,
                         ffi::Buffer<kType> dout, ffi::Buffer<kType> dfinal, ffi::ResultBuffer<kType> dq,
                         ffi::ResultBuffer<kType> dk, ffi::ResultBuffer<kType> dv, ffi::ResultBuffer<kType> dbeta,
-                        ffi::ResultBuffer<kType> ddecay, ffi::ResultBuffer<kType> dinitial, int64_t chunk, int64_t columns) {
+                        ffi::ResultBuffer<kType> ddecay, ffi::ResultBuffer<kType> dinitial, int64_t chunk) {
   using T = ffi::NativeType<kType>;
-  const Sizes size = sizes(k, v, decay, chunk, columns);
-  deltajax::parallel_for(pool, size.B * size.HV, [&](int64_t row) {
+  const Sizes size = sizes(k, v, decay, chunk);
+  return ended(deltajax::parallel_for(pool, size.B * size.HV, [&](int64_t row) {
     const int64_t b = row / size.HV, h = row % size.HV;
     const Head<T> head(size, b, h, q.typed_data(), k.typed_data(), v.typed_data(), beta.typed_data(), decay.typed_data());
     const int64_t token = b * size.T * size.HV + h, step = b * size.steps() * size.HV + h;
-    for (int64_t column = 0; column < size.V; column += columns) {
-      const int64_t count = std::min(columns, size.V - column), state = row * size.K * size.V + column;
+    for (int64_t column = 0; column < size.V; column += kColumns<T>) {
+      const int64_t count = std::min(kColumns<T>, size.V - column), state = row * size.K * size.V + column;
       const Gradients<T> to{dq->typed_data() + token * size.K,
                             dk->typed_data() + step * size.K,
                             dv->typed_data() + step * size.V + column,
@@ -392,8 +397,7 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::Buffer<kType> q, ffi::Buffer<
                              dout.typed_data() + token * size.V + column, dfinal.typed_data() + state, to);
       });
     }
-  });
-  return ffi::Error::Success();
+  }));
 }
 
 template <ffi::DataType kType>
@@ -403,7 +407,7 @@ auto forward_binding() {
       .Ctx<ffi::ThreadPool>()
       .template Arg<In>().template Arg<In>().template Arg<In>().template Arg<In>().template Arg<In>().template Arg<In>()
       .template Ret<In>().template Ret<In>().template Ret<In>()
-      .template Attr<int64_t>("chunk").template Attr<int64_t>("columns");
+      .template Attr<int64_t>("chunk");
 }
 
 template <ffi::DataType kType>
@@ -414,7 +418,7 @@ auto backward_binding() {
       .template Arg<In>().template Arg<In>().template Arg<In>().template Arg<In>()
       .template Arg<In>().template Arg<In>().template Arg<In>().template Arg<In>()
       .template Ret<In>().template Ret<In>().template Ret<In>().template Ret<In>().template Ret<In>().template Ret<In>()
-      .template Attr<int64_t>("chunk").template Attr<int64_t>("columns");
+      .template Attr<int64_t>("chunk");
 }
 
 }  // namespace

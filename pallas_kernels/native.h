@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
@@ -60,13 +61,23 @@ inline void store(T* to, const Vector<T>& x, int64_t n) {
   if (n > 0) std::memcpy(to, &x, n * sizeof(T));
 }
 
-template <typename T, int Apart, std::size_t... Lane>
-inline Vector<T> halve(const Vector<T>& a, const Vector<T>& b, std::index_sequence<Lane...>) {
+// The lanes of a and, counted on, of b that are named.
+template <typename T, int... Lane>
+inline Vector<T> shuffle(const Vector<T>& a, const Vector<T>& b) {
+#if (defined(__clang__) || __GNUC__ >= 12) && !defined(DELTAJAX_OLD_GCC)
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Mask{Lane...});
+#endif
+}
+
+template <typename T, int Apart, int... Lane>
+inline Vector<T> halve(const Vector<T>& a, const Vector<T>& b, std::integer_sequence<int, Lane...>) {
   constexpr int lanes = kLanes<T>;
-  Vector<T> stay = __builtin_shufflevector(a, b, (Lane & Apart ? lanes + static_cast<int>(Lane) : static_cast<int>(Lane))...);
-  Vector<T> come = __builtin_shufflevector(
-      a, b, (Lane & Apart ? lanes + static_cast<int>(Lane) - Apart : static_cast<int>(Lane) + Apart)...);
-  return stay + come;
+  return shuffle<T, (Lane & Apart ? lanes + Lane : Lane)...>(a, b) +
+         shuffle<T, (Lane & Apart ? lanes + Lane - Apart : Lane + Apart)...>(a, b);
 }
 
 // Lane i of the result is the sum over the lanes of rows[i], for as many rows as a vector has lanes. Overwrites rows.
@@ -77,7 +88,7 @@ inline Vector<T> sums(Vector<T>* rows) {
   } else {
     constexpr int half = Rows / 2;
     for (int i = 0; i < half; ++i)
-      rows[i] = halve<T, half>(rows[i], rows[i + half], std::make_index_sequence<kLanes<T>>());
+      rows[i] = halve<T, half>(rows[i], rows[i + half], std::make_integer_sequence<int, kLanes<T>>());
     return sums<T, half>(rows);
   }
 }
@@ -113,10 +124,12 @@ class Scratch {
 
 // f(0), ..., f(n - 1) on the caller's thread and those of XLA's pool that come. The caller takes tasks too and waits only
 // for tasks that somebody has begun, so a pool that is busy, or whose every thread stands here, cannot hang it.
+// False: a task had no memory.
 template <typename F>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t n, const F& f) {
+[[nodiscard]] bool parallel_for(xla::ffi::ThreadPool& pool, int64_t n, const F& f) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> complete{true};
     std::mutex mutex;
     std::condition_variable all_done;
   };
@@ -124,7 +137,11 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t n, const F& f) {
   const F* task = &f;  // read only by who got a number below n, and then the caller still waits
   auto work = [shared, task, n] {
     for (int64_t i = shared->next++; i < n; i = shared->next++) {
-      (*task)(i);
+      try {
+        (*task)(i);
+      } catch (const std::bad_alloc&) {
+        shared->complete = false;
+      }
       if (++shared->done == n) {
         std::lock_guard<std::mutex> lock(shared->mutex);
         shared->all_done.notify_all();
@@ -136,6 +153,7 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t n, const F& f) {
   work();
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->all_done.wait(lock, [&] { return shared->done >= n; });
+  return shared->complete;
 }
 
 }  // namespace deltajax

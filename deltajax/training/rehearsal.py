@@ -259,7 +259,7 @@ def load(path: Path, config: TrainConfig) -> Any:
     changed = serialize.differences(serialize.from_json(contents["config"]), config)
     if changed:
         raise ValueError(f"--executable={path}: made for another config: {'; '.join(changed)}")
-    if contents["native"]:
+    if contents.get("native"):
         try:
             cpu.register()
         except NotImplementedError as error:

@@ -64,8 +64,10 @@ def delta_product(
       initial_state: state before the first token; default zeros. It belongs to the first segment.
       segment_ids: packed documents: the state resets wherever the id differs from the previous token's. What is finite
         in one document does not touch another; an inf or nan goes on to the documents after it.
-      implementation: a name in `IMPLEMENTATIONS`, or several to try in order; default: the platform's best. Why one that was
-        tried first cannot serve is logged (level info).
+      implementation: a name in `IMPLEMENTATIONS`, or several to try in order; default: the best of the ambient mesh's platform,
+        else of JAX's default backend. Who exports or lowers for another platform, or differentiates twice, names "chunked".
+        All but "reference" and "chunked" are kernels: under jit, without `shard_map`, XLA gathers arrays spread over
+        devices for them. Why one that was tried first cannot serve is logged (level info).
       sequence_axis: inside `shard_map`, the mesh axis over which the tokens are spread: every device holds its T of them, in
         order. What the devices exchange does not depend on T (`sequence_parallel`). initial_state and the
         returned state are those of the whole sequence, the same on every device.
