@@ -42,7 +42,7 @@ def test_narrower_vectors(option, width, tmp_path):
 import jax
 jax.config.update("jax_enable_x64", True)
 from delta_rule_cases import compare, draw
-from pallas_kernels import native
+from pallas_kernels import cpu
 assert cpu.register().deltajax_vector_bytes() <= {width}
 compare(draw(0, 2, 40, 2, 2, 4, 20, 70, "channel", dtype="float64"), "native_cpu", 1e-11, 1e-10)
 compare(draw(0, 1, 40, 1, 1, 1, 9, 7, "scalar"), "native_cpu", 1e-5, 1e-4)
