@@ -7,8 +7,10 @@ Command: `python -m deltajax.sweep --config=experiments/formal_languages.py --jo
 
 Time: on one core of two that were busy with other work, 1 to 2 minutes a member of parity, 3 to 11 of the arithmetics.
 
-Result: parity as claimed. Modular arithmetic is not learned in 1,000 steps: at 6 times the training length all models guess.
-Gated DeltaProduct holds longest, about twice the training length. With brackets no model is much better than a constant answer.
+Result: parity as claimed. Modular arithmetic is not shown in 1,000 steps: at 6 times the training length all models guess but one
+seed of three of Gated DeltaProduct (0.671), which holds longest (0.951 at twice the length, median). With step sizes in (0, 2)
+DeltaNet is far better within the training length (0.912 against 0.463). With brackets no model is much better than a constant
+answer.
 """
 
 from typing import Literal
