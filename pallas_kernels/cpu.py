@@ -54,13 +54,16 @@ def _scan(q, k, v, beta, g, initial_state):
 def _scan_and_keep(q, k, v, beta, g, initial_state):
     decay = jnp.exp(g)
     o, state, states = _forward(q, k, v, beta, decay, initial_state, keep=True)
-    return (o, state), (q, k, v, beta, decay, states)
+    kept = decay if decay.size else None  # an array of no numbers out of a shard_map crashes the compiler of jax 0.11.2
+    return (o, state), (q, k, v, beta, kept, states)
 
 
 def _scan_back(residuals, cotangents):
     q, k, v, beta, decay, states = residuals
     batch, length, steps, heads, key_dim = k.shape
     value_heads, value_dim = v.shape[3:]
+    if decay is None:
+        _, decay = manual_axes.vary_alike(q, jnp.zeros((batch, length, value_heads, 0), q.dtype))
     shapes = [
         (batch, length, value_heads, key_dim),
         (batch, length, steps, value_heads, key_dim),
