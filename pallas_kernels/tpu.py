@@ -52,7 +52,7 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
     scan = _general
     if tpu_bfloat16.serves(q, k, v, g):
-        scan = _bfloat16_without_backward if _on_tpu7x() else _bfloat16
+        scan = _bfloat16_without_backward if g is not None and _on_tpu7x() else _bfloat16
     if scan is not _bfloat16:
         _check_vmem(q, v, g)
     constant = scale if isinstance(scale, int | float) else 1.0
@@ -69,7 +69,7 @@ def _tpu() -> Any:
 
 
 def _on_tpu7x() -> bool:
-    """Its compiler does not come to an end with the backward of `tpu_bfloat16`."""
+    """Its compiler does not come to an end with the backward of `tpu_bfloat16` with gates."""
     return _tpu() is not None and _tpu().chip_version == pltpu.ChipVersion.TPU_7X
 
 
