@@ -52,10 +52,12 @@ struct Node {
   // Where a pixel begins, counted in numbers.
   int64_t at(int64_t y, int64_t x) const { return ((y + margin) * row + x + margin) * channels; }
 
-  // Threads may mark the same pixel: each computes some of its channels.
-  void mark(int64_t y, int64_t x) const {
-    __atomic_store_n(changed + y * width + x, uint8_t{1}, __ATOMIC_RELAXED);
-    __atomic_store_n(changed_rows + y, uint8_t{1}, __ATOMIC_RELAXED);
+  // Marks a pixel if it differs. Threads may mark the same one: each computes some of its channels. Nobody can foresee which
+  // pixels differ, so there is no branch: of those that do not, the byte in front of the array is marked.
+  void mark(int64_t y, int64_t x, bool differs) const {
+    const int64_t chosen = -static_cast<int64_t>(differs);
+    __atomic_store_n(changed - 1 + ((y * width + x + 1) & chosen), uint8_t{1}, __ATOMIC_RELAXED);
+    __atomic_store_n(changed_rows - 1 + ((y + 1) & chosen), uint8_t{1}, __ATOMIC_RELAXED);
   }
 };
 
@@ -225,7 +227,7 @@ void strip(const Block& block, const Pixels& pixels, int64_t from) {
       if (add) sums[p][v] += load(block.second.map + pixels.second[from + p] + block.channel + c, n);
       differ |= block.ending.write(to, block.channel + c, n, steps, sums[p][v]);
     }
-    if (any(differ)) block.ending.node.mark(row_of(place), column_of(place));
+    block.ending.node.mark(row_of(place), column_of(place), any(differ));
   }
 }
 
@@ -320,7 +322,7 @@ void depthwise(const Block& block, const Pixels& pixels, int64_t from) {
     }
   }
   for (int p = 0; p < P; ++p)
-    if (any(differ[p])) block.ending.node.mark(row_of(pixels.places[from + p]), column_of(pixels.places[from + p]));
+    block.ending.node.mark(row_of(pixels.places[from + p]), column_of(pixels.places[from + p]), any(differ[p]));
 }
 
 template <std::size_t... P>
@@ -384,7 +386,7 @@ void combine(const std::vector<Node>& nodes, const Ending& ending, int32_t place
       differ |= ending.write(to, c, n, steps, value);
     }
   }
-  if (any(differ)) node.mark(y, x);
+  node.mark(y, x, any(differ));
 }
 
 // Row y of the input; `differ`: scratch, as many numbers as the row has. Returns how many pixels changed.
@@ -479,7 +481,7 @@ class Network {
   Network(std::vector<Node> nodes, Team& team) : nodes_(std::move(nodes)), team_(team) {
     int64_t masks = 0, bytes = 0, pixels = 0, bands = 0;
     for (const Node& node : nodes_) {
-      masks += node.height * (node.width + 1);
+      masks += node.height * (node.width + 1) + 2;
       pixels = std::max(pixels, node.height * node.width);
       bytes = std::max(bytes, node.kind == kInput ? 4 * node.width * node.channels : 2 * (node.width + 2 * node.margin));
       bands = std::max(bands, (node.height - 1) / rows_of_band(node) + 1);
@@ -492,8 +494,8 @@ class Network {
     scratch_ = reinterpret_cast<uint8_t*>(counts_ + bands);
     uint8_t* mask = scratch_ + bands * band_bytes_;
     for (Node& node : nodes_) {
-      node.changed = mask;
-      node.changed_rows = mask + node.height * node.width;
+      node.changed = mask + 1;
+      node.changed_rows = node.changed + node.height * node.width + 1;
       mask = node.changed_rows + node.height;
     }
   }
