@@ -6,7 +6,8 @@ First the baselines, then their refinement:
         --csv=docs/results/delta_language_base.csv &&
     python -m deltajax.sweep --config=experiments/delta_language.py --csv=docs/results/delta_language.csv
 
-Not run by us so far.
+Time: the baselines 2 to 3 minutes each, refinements half a minute to one, on two busy cores.
+Result: docs/results/delta_language.csv and RESULTS.md.
 """
 
 from deltajax import data
@@ -72,4 +73,9 @@ Claim (ours): where a mixer or a SwiGLU layer reads the stream of a DeltaNet, de
 do over the frames of a video.
 
 Command: see `experiments/delta_language.py`.
+
+Result: rate 1e-3 saves 0.300 of the products (0.133 at rate 0, whose steps follow the text's loss alone) and costs 0.2 bits per
+byte. The baselines, 200 steps of training shorter and without delta activations, have 2.776 (2.760 to 2.807) bits per byte and
+an operation sparsity over tokens of 0.037 (`delta_language_base.csv`). That is far from the 0.9 of
+video; larger rates were not tried.
 """

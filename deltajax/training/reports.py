@@ -10,6 +10,7 @@ import glob
 import itertools
 import math
 import os
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -255,7 +256,7 @@ def _name(columns: Sequence[str], values: Sequence[str], labels: Mapping[str, st
     for column, value in zip(columns, values, strict=True):
         if value in labels:
             parts.append(labels[value])
-        elif value.replace(".", "", 1).replace("-", "").isdigit():
+        elif re.fullmatch(r"-?[\d.]+(e-?\d+)?", value):
             number = float(value)
             parts.append(f"{labels.get(column, column)} = {number:g}")
         else:
