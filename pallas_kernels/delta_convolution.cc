@@ -206,7 +206,10 @@ template <int P, int V>
 void strip(const Block& block, const Pixels& pixels, int64_t from) {
   // The old numbers, or the memory to be written, have time to come meanwhile.
 #pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) __builtin_prefetch(block.ending.node.map + pixels.own[from + p] + block.channel, 1);
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      __builtin_prefetch(block.ending.node.map + pixels.own[from + p] + block.channel + v * kWidth, 1);
   Floats sums[P][V];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p)
@@ -295,7 +298,10 @@ void depthwise(const Block& block, const Pixels& pixels, int64_t from) {
     const int64_t n = channels - c;
     Floats sums[P];
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) sums[p] = load(block.bias + c);
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(block.ending.node.map + pixels.own[from + p] + c, 1);
+      sums[p] = load(block.bias + c);
+    }
     const float* weights = block.weights + c;
     for (int64_t row = 0; row < reach.rows; ++row) {
       const float* at[P];
