@@ -4,6 +4,7 @@ The compiler is $CXX, else c++, g++ or clang++. What it makes is kept in $DELTAJ
 ~/.cache/deltajax, else (none can be written to) for this process only.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -135,9 +136,12 @@ def _processor() -> str:
 def _compile(path: Path, command: list[str], kept: Path, written: Path) -> None:
     """All of the library or none of it: other processes may compile it, too, and this one may be killed."""
     logging.info("compiling %s, once for this machine: %s", path.name, kept)
-    for left in kept.parent.glob("making-*"):  # by a process that was killed
-        if left.stat().st_mtime < time.time() - 24 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
+    for left in kept.parent.glob(
+        "making-*"
+    ):  # of a process that was killed, or of one that is about to remove it itself
+        with contextlib.suppress(FileNotFoundError):
+            if left.stat().st_mtime < time.time() - 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix="making-") as folder:
         made = Path(folder) / kept.name
         _run([*command, *FLAGS, f"-I{jax.ffi.include_dir()}", str(path), "-o", str(made)])

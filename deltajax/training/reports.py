@@ -256,7 +256,7 @@ def _name(columns: Sequence[str], values: Sequence[str], labels: Mapping[str, st
     for column, value in zip(columns, values, strict=True):
         if value in labels:
             parts.append(labels[value])
-        elif re.fullmatch(r"-?[\d.]+(e-?\d+)?", value):
+        elif re.fullmatch(r"-?\d+(\.\d*)?(e[-+]?\d+)?", value):
             number = float(value)
             parts.append(f"{labels.get(column, column)} = {number:g}")
         else:

@@ -4,6 +4,7 @@ import asyncio
 import collections
 import csv
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -138,20 +139,21 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
         waiting = [member for member in found if not _is_complete(member, workdir)]
         print(f"{len(found)} members, {len(found) - len(waiting)} of them complete; results in {table}", flush=True)
         failures: dict[str, str] = {}
+        write = functools.partial(write_table, found, workdir, table, failures, bins, others)
         try:
-            asyncio.run(_run_all(found, waiting, workdir, table, failures, jobs, bins, others))
+            asyncio.run(_run_all(waiting, workdir, failures, jobs, write))
         except KeyboardInterrupt:
             complete = sum(_is_complete(member, workdir) for member in found)
             raise RunError(
                 f"interrupted; {complete} of {len(found)} members are complete, the same command continues"
             ) from None
-        write_table(found, workdir, table, failures, bins, others)
+        write()
     if failures:
         name, reason = next(iter(failures.items()))
         raise RunError(f"{len(failures)} of {len(found)} members failed; the first is {name}: {reason}")
 
 
-async def _run_all(found, waiting, workdir, table, failures, jobs, bins, others):
+async def _run_all(waiting, workdir, failures, jobs, write):
     """Let `jobs` workers take members from one queue; a worker that dies takes one member with it and is replaced."""
     queue = collections.deque(waiting)
     bar = tqdm.tqdm(total=len(waiting), unit="run", disable=not sys.stderr.isatty())
@@ -170,7 +172,7 @@ async def _run_all(found, waiting, workdir, table, failures, jobs, bins, others)
                 bar.clear()
                 seconds = time.perf_counter() - started
                 print(f"[{next(done)}/{len(waiting)}] {member.name}: {outcome} ({seconds:.0f} s)", flush=True)
-                write_table(found, workdir, table, failures, bins, others)
+                write()
         finally:
             await worker.close()
 

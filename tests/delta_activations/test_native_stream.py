@@ -11,7 +11,9 @@ import pytest
 from deltajax.delta_activations import changes, fold, graph, native, stream
 from deltajax.layers import delta_activation
 from deltajax.models import efficientnet, frames, resnet
+from pallas_kernels import native as kernels
 
+pytestmark = pytest.mark.skipif(not kernels.compiler(), reason="no C++ compiler")
 NEAR, WIDE, POINT = graph.Window(3, 1, (1, 1)), graph.Window(7, 2, (3, 3)), graph.Window()
 
 

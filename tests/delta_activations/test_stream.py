@@ -14,7 +14,9 @@ import pytest
 from deltajax.delta_activations import changes, fold, graph, stream
 from deltajax.layers import delta_activation
 from deltajax.models import efficientnet, fan_out, frames, resnet
+from pallas_kernels import native
 
+IMPLEMENTATIONS = ["native"] * bool(native.compiler()) + ["xla"]
 SIZE = (40, 52)  # no multiple of any tile
 
 
@@ -60,7 +62,7 @@ def basic():
     return *fold.fold(params, stats, BASIC), params, stats
 
 
-@pytest.fixture(scope="module", params=["native", "xla"])
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
 def runner(basic, request):
     return stream.Stream(basic[0], basic[1], (*SIZE, 3), implementation=request.param)
 
@@ -98,7 +100,7 @@ def test_every_map_is_exact_without_dense_fallback(basic):
             np.testing.assert_allclose(runner._inside(name, state.maps[name]), want[0], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("implementation", ["native", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_quantisation_stops_changes(basic, implementation):
     maps = {k: v if k == "input" else {**v, "step": v["step"] * 20} for k, v in basic[1]["maps"].items()}
     params = {**basic[1], "maps": maps}
@@ -157,7 +159,7 @@ def test_folding(config):
         assert fed[name] == pytest.approx(np.prod(shape) * fan), name
 
 
-@pytest.mark.parametrize("implementation", ["native", "xla"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_pooling_addition_and_concatenation(implementation):
     """A graph of every kind of node, with strides and margins that differ between the readers of a map."""
     near, wide, half = graph.Window(3, 1, (1, 1)), graph.Window(5, 2, (2, 2)), graph.Window(2, 2)
