@@ -7,7 +7,8 @@ moves makes it, or tiles anywhere. Weights are random and the steps tiny, so qua
 worst case for a given share of tiles. Compared with it are, batch norms folded: "native_dense", the runner's own kernel when
 it computes everything and compares nothing; "xla_dense", XLA's program of the same quantised inference; "plain", XLA's program
 of the network without delta activations. "times_dense" is against the faster of the first two. All go through the frames in
-turn, --rounds times; a frame's time is the smallest, and a row has the mean over frames. The limits of --implementation=xla are
+turn, --rounds times; a frame's time is the smallest, and a row has the mean over frames. "operations" is the share of the
+network's multiply-accumulates in the pixels that were computed: "times_dense" could reach 1 / operations. The limits of --implementation=xla are
 calibrated first, on frames of all kinds. Prints a table and, with --csv, writes it to a file.
 
 On a machine that others use, --clock=cpu counts the processor's time of this process instead: meant for one core
@@ -94,6 +95,19 @@ def network(name: str, pixels: int) -> tuple[graph.Graph, dict, graph.Graph, dic
     return *fold.fold(params, stats, config), *fold.fold({"network": params["network"]}, stats, plain)
 
 
+def operations(runner: stream.Stream, counts: np.ndarray) -> float:
+    """Share of the multiply-accumulates of all maps that a step with these counts computed."""
+    done = total = 0.0
+    for node, count in zip(runner.graph.nodes, counts, strict=True):
+        own = runner.params["maps"][node.name]
+        each = sum(own[name].size for name in ("kernel", "shortcut") if name in own)
+        tiles = runner.tile_counts[node.name]
+        pixels = float(np.prod(runner.sizes[node.name][:2]))
+        done += each * pixels * (1 if count == stream.DENSE else min(1, count / tiles))
+        total += each * pixels
+    return done / total
+
+
 def measure(name: str, pixels: int, shares: list[float], wheres: list[str]) -> list[dict[str, object]]:
     """Rows of one network and size."""
     quantized, params, unquantized, plain_params = network(name, pixels)
@@ -116,7 +130,7 @@ def measure(name: str, pixels: int, shares: list[float], wheres: list[str]) -> l
     for where, unchanged in itertools.product(wheres, shares):
         seen = clip(rng, pixels, unchanged, where, _FRAMES.value)
         best = np.full((4, _FRAMES.value), np.inf)
-        differ = 0.0
+        differ, shares_done = 0.0, []
         # Each in a row of its own: after another program a program finds neither its caches nor its memory.
         for _ in range(_ROUNDS.value):
             got = []
@@ -124,9 +138,11 @@ def measure(name: str, pixels: int, shares: list[float], wheres: list[str]) -> l
                 _, state, _ = jax.block_until_ready(one.step(one.init_state(), seen[0]))
                 for t, frame in enumerate(seen[1:]):
                     state = one.reset(state) if i else state
-                    (logits, state, _), seconds = timed(one.step, state, frame)
+                    (logits, state, counts), seconds = timed(one.step, state, frame)
                     best[i, t] = min(best[i, t], seconds)
-                    got += [] if i else [logits]
+                    if not i:
+                        got.append(logits)
+                        shares_done.append(operations(runner, np.asarray(counts)))
             for i, (function, of_function) in enumerate(((dense, params), (plain, plain_params)), 2):
                 timed(function, of_function, seen[:1])
                 for t, frame in enumerate(seen[1:]):
@@ -146,6 +162,7 @@ def measure(name: str, pixels: int, shares: list[float], wheres: list[str]) -> l
         )
         figures = {
             "unchanged_tiles": 1 - share,
+            "operations": float(np.mean(shares_done)),
             "stream_ms": ours,
             "native_dense_ms": native_dense,
             "xla_dense_ms": xla_dense,
