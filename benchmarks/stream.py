@@ -8,8 +8,8 @@ worst case for a given share of tiles. Compared with it are, batch norms folded:
 it computes everything and compares nothing; "xla_dense", XLA's program of the same quantised inference; "plain", XLA's program
 of the network without delta activations. "times_dense" is against the faster of the first two. All go through the frames in
 turn, --rounds times; a frame's time is the smallest, and a row has the mean over frames. "operations" is the share of the
-network's multiply-accumulates in the pixels that were computed: "times_dense" could reach 1 / operations. The limits of --implementation=xla are
-calibrated first, on frames of all kinds. Prints a table and, with --csv, writes it to a file.
+network's multiply-accumulates in the pixels that were computed: "times_dense" could reach 1 / operations. The limits of
+--implementation=xla are calibrated first, on frames of all kinds. Prints a table and, with --csv, writes it to a file.
 
 On a machine that others use, --clock=cpu counts the processor's time of this process instead: meant for one core
 (`taskset -c 0`), as threads that wait for each other count too.

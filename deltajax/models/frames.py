@@ -37,6 +37,8 @@ class Config:
       rate: of the penalty, >= 0. Penalties carry fan-outs (hundreds), so useful rates are small.
       penalty: "temporal": mean |D|, the paper's; "tile": a group lasso over tiles of D, for what the streaming runner can
         skip; "spatial": mean of the absolute activations themselves, with or without delta activations.
+      init_steps: (beginning of a place's name, its steps at the start) where `delta.init_step` is not to hold; the first
+        that fits: (("input", 0.05), ("stages.3", 4.0)).
       tile: rows and columns of a tile at the size of the frames; deeper maps have smaller ones, down to one pixel.
     """
 
@@ -46,6 +48,7 @@ class Config:
     rate: float = 0.0
     penalty: Penalty = "temporal"
     tile: int = 8
+    init_steps: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         """Check ranges."""
@@ -57,6 +60,8 @@ class Config:
             raise ValueError(f"frame_size must be two integers >= 1, got {size!r}")
         if type(self.rate) not in (int, float) or not 0 <= self.rate < float("inf"):
             raise ValueError(f"rate must be a number >= 0, got {self.rate!r}")
+        if self.init_steps and self.delta is None:
+            raise ValueError(f"init_steps are of delta activations, which this network has none of: {self.init_steps}")
         if self.penalty not in ("temporal", "tile", "spatial"):
             raise ValueError(f"penalty must be one of temporal, tile, spatial, got {self.penalty!r}")
 
@@ -99,9 +104,14 @@ def param_specs(config: Config) -> dict:
     specs = {"network": NETWORKS[type(config.network)].param_specs(config.network)}
     if config.delta is not None:
         places = activations(config.network, config.frame_size)
-        specs["delta"] = {
-            where: delta_activation.param_specs(config.delta, shape) for where, (shape, _) in places.items()
-        }
+        for begin, _ in config.init_steps:
+            if not any(where.startswith(begin) for where in places):
+                raise ValueError(f"init_steps: no place begins with {begin!r}; places: {', '.join(places)}")
+        specs["delta"] = {}
+        for where, (shape, _) in places.items():
+            start = next((x for begin, x in config.init_steps if where.startswith(begin)), config.delta.init_step)
+            delta = dataclasses.replace(config.delta, init_step=start)
+            specs["delta"][where] = delta_activation.param_specs(delta, shape)
     return specs
 
 

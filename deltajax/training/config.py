@@ -38,6 +38,8 @@ class Optimizer:
       b1, b2, eps: Adam's moments.
       momentum: Muon's (Nesterov's) and that of "sgd" (heavy ball).
       clip_norm: largest global gradient norm; None: no clipping.
+      trainable: paths of the parameters that are trained, each with all below it ("network.head"); (): all. The others stay
+        as they are, cost no gradient and have no moments. Their batch norms go on as in training.
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
@@ -48,6 +50,7 @@ class Optimizer:
     eps: float = 1e-8
     momentum: float = 0.95
     clip_norm: float | None = 1.0
+    trainable: tuple[str, ...] = ()
 
     def __post_init__(self):
         """Check ranges."""

@@ -91,19 +91,20 @@ def make_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> Step
         config.schedule,
         config.steps,
         mesh,
-        config.grad_accumulation,
-        config.probes.sequences,
-        by_example,
-        config.nonfinite.max_grad_norm,
+        grad_accumulation=config.grad_accumulation,
+        probed_sequences=config.probes.sequences,
+        by_example=by_example,
+        max_grad_norm=config.nonfinite.max_grad_norm,
     )
 
 
 @functools.lru_cache(maxsize=1)  # a process that trains several seeds one after the other compiles once
-def _make_step(model, optimizer_config, schedule_config, steps, mesh, *more) -> Step:
+def _make_step(model, optimizer_config, schedule_config, steps, mesh, **settings) -> Step:
     schedule = optimizer.make_schedule(schedule_config, optimizer_config.learning_rate, steps)
     specs = registry.module_of(model).param_specs(model)
     tx = optimizer.make_optimizer(optimizer_config, schedule, specs)
-    return Step(model, tx, schedule, mesh, *more)
+    trained = optimizer.trained(optimizer_config, specs) if optimizer_config.trainable else None
+    return Step(model, tx, schedule, mesh, trained=trained, **settings)
 
 
 class Run:
@@ -137,8 +138,10 @@ class Run:
             self.state = step.init(config.seed)
             if config.init_from:
                 self.state = _begin_from(Path(config.init_from), self.state, config.model)
-            parameters = count_params(step.abstract.params)
-            print(f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s)")
+            parameters = f"{count_params(step.abstract.params):,} parameters"
+            if config.optimizer.trainable:
+                parameters += f" (training those of {', '.join(config.optimizer.trainable)})"
+            print(f"{parameters} on {jax.device_count()} {jax.default_backend()} device(s)")
         first = distributed.is_first()
         self.writer = metrics.Writer(workdir, self.step) if first else metrics.Silence()
         self.activations = activation_log.Writer(workdir, self.step) if first else metrics.Silence()

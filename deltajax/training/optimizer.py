@@ -1,5 +1,6 @@
 """AdamW, Muon and gradient descent as Optax chains, their schedule, and which parameters each rule touches."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -29,6 +30,26 @@ def make_schedule(config: config_lib.Schedule, peak: float, steps: int) -> optax
     )
 
 
+def trained(config: config_lib.Optimizer, specs: Any) -> Any:
+    """Tree of bools like `specs`: the parameters that `config.trainable` names.
+
+    Raises:
+      ValueError: it names none.
+    """
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), specs, is_leaf=is_spec
+    )
+    for wanted in config.trainable:
+        if not any(_is_below(name, wanted) for name in jax.tree.leaves(names)):
+            there = sorted({".".join(name.split(".")[: wanted.count(".") + 1]) for name in jax.tree.leaves(names)})
+            raise ValueError(f"optimizer.trainable: no parameter is at {wanted!r} (there are: {', '.join(there)})")
+    return jax.tree.map(lambda name: not config.trainable or any(_is_below(name, x) for x in config.trainable), names)
+
+
+def _is_below(name: str, path: str) -> bool:
+    return f"{name}.".startswith(f"{path}.")
+
+
 def make_optimizer(
     config: config_lib.Optimizer, schedule: optax.Schedule, specs: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -37,6 +58,11 @@ def make_optimizer(
     Args:
       specs: tree of ParamSpec; says what is decayed and what Muon takes.
     """
+    if config.trainable:
+        mask = trained(config, specs)
+        chosen = jax.tree.map(lambda yes, spec: spec if yes else optax.MaskedNode(), mask, specs)
+        rule = make_optimizer(dataclasses.replace(config, trainable=()), schedule, chosen)
+        return optax.partition({True: rule, False: optax.set_to_zero()}, mask)
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     direction: Any = adam
     if config.name == "sgd":

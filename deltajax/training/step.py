@@ -68,6 +68,7 @@ def gradients(
     microbatches: int,
     probed_sequences: int = 0,
     by_example: bool = False,
+    trained: Any = None,
 ) -> tuple[Any, Sums, Any, dict[str, Array]]:
     """(gradient of the mean loss, the model's sums, its statistics, what probes saw) over the whole global batch.
 
@@ -79,6 +80,7 @@ def gradients(
       probed_sequences: of each microbatch, for `with_statistics` of the activations of this very forward pass; 0: no probes.
       by_example: the sums get "example_losses" [B], the mean loss of each example: for any model the loss' derivatives by
         the weights.
+      trained: tree of bools like `params`: the gradient of the others is 0 and costs nothing; None: all.
     """
     unscaled = jnp.float32(1)
     if "rescale" in batch:
@@ -89,6 +91,8 @@ def gradients(
 
     def loss(variables, stats, batch, key):
         params, weights = variables
+        if trained is not None:
+            params = jax.tree.map(lambda x, yes: x if yes else jax.lax.stop_gradient(x), params, trained)
         batch = {**batch, **weights}
 
         def sums_of(params, stats, batch):
@@ -165,6 +169,7 @@ class Step:
         probed_sequences: int = 10,
         by_example: bool = False,
         max_grad_norm: float | None = None,
+        trained: Any = None,
     ):
         """Nothing is computed before the first call; what is never called is never compiled.
 
@@ -172,6 +177,7 @@ class Step:
           probed_sequences: what `train_probed` measures, of each microbatch.
           by_example: the training metrics get "example_losses" [B].
           max_grad_norm: updates with a larger gradient norm are skipped; None: all sizes are taken.
+          trained: see `gradients`; the optimiser must leave the same parameters alone.
         """
         whole = mesh_lib.replicated(mesh)
         within = functools.partial(mesh_lib.within, mesh)
@@ -186,7 +192,9 @@ class Step:
         self.init: Callable[[int], TrainState] = functools.partial(_init, model, optimizer, shardings=self.shardings)
         device = mesh.devices.flat[0]
         options = COMPILER_OPTIONS.get(device.device_kind, COMPILER_OPTIONS.get(device.platform))
-        train = functools.partial(_train, model, optimizer, schedule, grad_accumulation, by_example, max_grad_norm)
+        train = functools.partial(
+            _train, model, optimizer, schedule, grad_accumulation, by_example, max_grad_norm, trained
+        )
         self.train: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]] = _jit(
             within(lambda state, batch: train(state, batch)[:2]),
             in_shardings=(self.shardings, self.batch_sharding),
@@ -248,13 +256,14 @@ def _train(
     grad_accumulation: int,
     by_example: bool,
     max_grad_norm: float | None,
+    trained: Any,
     state: TrainState,
     batch: Batch,
     probed_sequences: int = 0,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Any]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, sums, stats, seen = gradients(
-        state.params, state.stats, model, batch, key, grad_accumulation, probed_sequences, by_example
+        state.params, state.stats, model, batch, key, grad_accumulation, probed_sequences, by_example, trained
     )
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)

@@ -13,7 +13,9 @@ from deltajax.data import ucf101
 from deltajax.errors import RunError
 from deltajax.interop import vision
 from deltajax.layers.param import is_spec
-from deltajax.models import resnet
+from deltajax.models import frames, resnet
+from deltajax.training import optimizer
+from deltajax.training.config import load_config
 
 COLOURS = {"Archery": (200, 30, 30), "Biking": (30, 30, 200)}
 
@@ -145,15 +147,36 @@ def test_the_recipe_from_end_to_end(folders, tmp_path, capfd):
         code = train.main(["train", f"--config=experiments/ucf101.py:{given},{more}", f"--workdir={workdir}"])
         return code, *capfd.readouterr()
 
-    code, out, error = run(tmp_path / "base", f"weights={file}")
+    code, out, error = run(tmp_path / "head", f"start={file}")
     assert code == 0, error
-    assert f"parameters from {file}" in out and "validation accuracy" in out
-    code, out, error = run(tmp_path / "refined", f"baseline={tmp_path / 'base'}")
+    assert f"parameters from {file}" in out and "validation accuracy" in out and "training those of network.head" in out
+    code, out, error = run(tmp_path / "refined", f"phase=delta,start={tmp_path / 'head'}")
     assert code == 0, error
     summary = json.loads((tmp_path / "refined" / "summary.json").read_text())
     assert 0 < summary["validation_temporal_sparsity"] < 1
-    code, _, error = run(tmp_path / "other", f"weights={tmp_path / 'none.safetensors'}")
+    code, _, error = run(tmp_path / "other", f"start={tmp_path / 'none.safetensors'}")
     assert code == 2 and "does not exist" in error
+    code, _, error = run(tmp_path / "other", "phase=conv5")
+    assert code == 2 and "it needs start=" in error
+
+
+def test_the_phases_of_the_recipe():
+    """At paper size: what each trains, with which clips, rates and first steps."""
+    phases = ("head", "conv5", "delta", "delta_short")
+    made = {phase: load_config(f"experiments/ucf101.py:phase={phase},start=before") for phase in phases}
+    for phase, config in made.items():
+        specs = frames.param_specs(config.model)
+        mask = optimizer.trained(config.optimizer, specs)
+        whole = {name for name, tree in mask["network"].items() if all(jax.tree.leaves(tree))}
+        assert whole == {"head"} if config.optimizer.trainable else {"head", "stem", "stages"}
+        assert [all(jax.tree.leaves(stage)) for stage in mask["network"]["stages"]] == [
+            phase.startswith("delta")
+        ] * 3 + [phase != "head"]
+    assert [config.data.frames for config in made.values()] == [8, 8, 8, 2]
+    assert [config.model.rate for config in made.values()] == [0, 0, 1e-4, 1e-6]
+    steps = frames.param_specs(made["delta"].model)["delta"]
+    first = {where: float(of["step"].init(jax.random.key(0), (1,), float)[0]) for where, of in steps.items()}
+    assert first["input"] == pytest.approx(0.05) and first["stages.0.0"] == 3 and first["stages.3.0.1"] == 4
 
 
 def _leaves(specs, stats):

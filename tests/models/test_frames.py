@@ -193,6 +193,21 @@ def test_baseline_then_refinement_by_the_command(tmp_path, capfd):
     assert "does not exist" in error and len(error.splitlines()) == 1
 
 
+def test_steps_begin_where_their_place_says():
+    config = dataclasses.replace(CONFIG, init_steps=(("input", 0.05), ("stages.0.0.", 3.0), ("stages", 4.0)))
+    steps = {where: float(of["step"][0]) for where, of in frames.init(jax.random.key(0), config)["delta"].items()}
+    assert steps["input"] == pytest.approx(0.05) and steps["stem"] == 0.5
+    assert steps["stages.0.0.1"] == 3 and steps["stages.0.0"] == 4
+    for given, message in (
+        ((("stage7", 1.0),), "no place begins with 'stage7'; places: input, stem"),
+        ((("stem", 0.0),), "init_step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            frames.init(jax.random.key(0), dataclasses.replace(CONFIG, init_steps=given))
+    with pytest.raises(ValueError, match="has none of"):
+        dataclasses.replace(CONFIG, delta=None, init_steps=(("input", 1.0),))
+
+
 def test_registered():
     assert registry.module_of(CONFIG) is frames
 

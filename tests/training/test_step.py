@@ -158,6 +158,27 @@ def test_muon_takes_matrices_and_decay_spares_vectors(setup):
     np.testing.assert_allclose(np.abs(updates["embed"]), 1, rtol=1e-3)  # Adam's first step
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_is_not_trainable_stays(setup, name):
+    """Untouched by gradient, decay and moments; the gradient's norm is that of the rest."""
+    config, batch, _ = setup
+    given = Optimizer(name=name, weight_decay=0.5, trainable=("embed", "groups.0.0.mlp"))
+    step = loop.make_step(dataclasses.replace(config, optimizer=given))
+    before = jax.device_get(step.init(0))
+    after, values = step.train(step.init(0), step.put(batch))
+    whole = gradients(before.params, {}, config.model, batch, jax.random.key(0), 1)[0]
+    of_rest = [whole["embed"], *jax.tree.leaves(whole["groups"][0]["0"]["mlp"])]
+    assert values["grad_norm"] == pytest.approx(np.sqrt(sum(np.sum(np.square(x)) for x in of_rest)), rel=1e-4)
+    chosen = [x.shape for x in of_rest]
+    for (path, old), new in zip(jax.tree.leaves_with_path(before.params), jax.tree.leaves(after.params), strict=True):
+        moves = jax.tree_util.keystr(path, simple=True, separator=".").startswith(("embed", "groups.0.0.mlp."))
+        assert np.array_equal(old, new) != moves, path
+    moments = [x.shape for x in jax.tree.leaves(before.opt_state) if x.ndim > 1]
+    assert set(moments) <= set(chosen) and len(moments) <= 2 * len(chosen)
+    with pytest.raises(ValueError, match=r"no parameter is at 'groups.1' \(there are: .*groups.0"):
+        loop.make_step(dataclasses.replace(config, optimizer=Optimizer(trainable=("groups.1",))))
+
+
 def test_sampling_filters():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
 
