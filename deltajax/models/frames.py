@@ -174,7 +174,8 @@ def loss_sums(
 
     Entries besides "loss", "weight" and "accuracy": "cross_entropy", "penalty" (before the rate), "spatial_sparsity" and
     "temporal_sparsity" (operations, as in the paper: of the activations, and of their changes without the first frame),
-    "tile_sparsity" (operations of tiles without any change), "sparsity/<place>" (elements of D that are zero).
+    "pixel_sparsity" and "tile_sparsity" (operations of pixels, of tiles without any change), "sparsity/<place>" (elements of
+    D that are zero).
 
     Args:
       batch: frames [B, T, H, W, C] floats with T >= 2, targets [B] integers, weights [B] floats.
@@ -195,7 +196,7 @@ def loss_sums(
         return jnp.sum(jax.vmap(lambda clip: function(clip[None]))(x) * weights)
 
     penalty = jnp.zeros(())
-    saved = dict.fromkeys(("spatial_sparsity", "temporal_sparsity", "tile_sparsity"), jnp.zeros(()))
+    saved = dict.fromkeys(("spatial_sparsity", "temporal_sparsity", "pixel_sparsity", "tile_sparsity"), jnp.zeros(()))
     for where, o in seen.items():
         shape, fan = places[where]
         tile = max(1, config.tile * shape[0] // config.frame_size[0])
@@ -208,6 +209,7 @@ def loss_sums(
         zeros = {
             "spatial_sparsity": over_clips(lambda x: 1 - ops.nonzeros(x), o[:, 1:]),
             "temporal_sparsity": over_clips(lambda x: 1 - ops.nonzeros(x), d),
+            "pixel_sparsity": over_clips(lambda x: 1 - ops.changed_tiles(x, 1), d),
             "tile_sparsity": over_clips(lambda x, tile=tile: 1 - ops.changed_tiles(x, tile), d),
         }
         for name, value in zeros.items():
