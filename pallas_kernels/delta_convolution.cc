@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include <exception>
+#include <string>
 #include <vector>
 
 #include "team.h"
@@ -20,7 +22,6 @@ namespace {
 namespace ffi = xla::ffi;
 using deltajax::kLanes;
 using deltajax::load;
-using deltajax::Scratch;
 using deltajax::store;
 using deltajax::Team;
 
@@ -52,6 +53,9 @@ struct Node {
   // Where a pixel begins, counted in numbers.
   int64_t at(int64_t y, int64_t x) const { return ((y + margin) * row + x + margin) * channels; }
 
+  // Numbers of the map's memory.
+  int64_t numbers() const { return (row - width + height) * row * channels; }
+
   // Marks a pixel if it differs. Threads may mark the same one: each computes some of its channels. Nobody can foresee which
   // pixels differ, so there is no branch: of those that do not, the byte in front of the array is marked.
   void mark(int64_t y, int64_t x, bool differs) const {
@@ -68,15 +72,15 @@ int64_t column_of(int32_t position) { return position & 0xffff; }
 
 // Nodes as numbers: kind, height, width, channels, margins before and after, activation, groups, offset of the bias, of the
 // step, step_apart, number of sources; and of each source: node, size, stride, padding before, offset of the weights.
-// Offsets count parameters; -1: there are none.
-std::vector<Node> parse(ffi::Span<const int64_t> program, const float* parameters) {
+// Offsets count 16 parameters; -1: there are none.
+std::vector<Node> parse(const int32_t* program, int64_t length, const float* parameters) {
   std::vector<Node> nodes;
-  auto next = program.begin();
+  const int32_t *next = program, *end = program + length;
   auto array = [&] {
     const int64_t offset = *next++;
-    return offset < 0 ? nullptr : parameters + offset;
+    return offset < 0 ? nullptr : parameters + 16 * offset;
   };
-  while (next != program.end()) {
+  while (next < end) {
     Node node{};
     for (int64_t* field : {&node.kind, &node.height, &node.width, &node.channels, &node.margin}) *field = *next++;
     node.row = node.margin + node.width + *next++;
@@ -111,12 +115,13 @@ Floats round(const Floats& x) {
   return bits<Floats>(bits<Words>(size < 8388608.f ? rounded : size) | sign);
 }
 
+// Comparisons with what is no number are false, so that it goes on, as in JAX.
 Floats activate(int64_t activation, const Floats& x) {
   const Floats zero{};
   if (activation == kNone) return x;
-  if (activation == kRelu) return x > zero ? x : zero;
-  const Floats six = zero + 6.f, moved = x + 3.f, positive = moved > zero ? moved : zero;
-  const Floats gate = positive < six ? positive : six;
+  if (activation == kRelu) return x < zero ? zero : x;
+  const Floats six = zero + 6.f, moved = x + 3.f, positive = moved < zero ? zero : moved;
+  const Floats gate = positive > six ? six : positive;
   return activation == kHardSwish ? x * gate / 6.f : gate / 6.f;
 }
 
@@ -386,7 +391,7 @@ void combine(const std::vector<Node>& nodes, const Ending& ending, int32_t place
         for (int64_t i = 0; i < source.size; ++i)
           for (int64_t j = 0; j < source.size; ++j) {
             const Floats other = load(from + (i * read.row + j) * read.channels, n);
-            value = other > value ? other : value;
+            value = (other > value) | (other != other) ? other : value;  // what is no number stays
           }
       }
       differ |= ending.write(to, c, n, steps, value);
@@ -482,31 +487,54 @@ struct Task {
   int64_t count, from, to;  // blocks
 };
 
+// Rows whose pixels one thread lists.
+int64_t rows_of_band(const Node& node) { return std::max<int64_t>(1, 1024 / node.width); }
+int64_t bands_of(const Node& node) { return (node.height - 1) / rows_of_band(node) + 1; }
+
+// How the memory that a frame is worked in is divided. No loop takes any other, so that none can fail midway.
+struct Layout {
+  int64_t list = 0, counts = 0, tasks = 0, bands = 0, band_bytes = 0, masks = 0, size = 0;  // where each part begins
+
+  explicit Layout(const std::vector<Node>& nodes) {
+    int64_t pixels = 0, most_bands = 0, most_tasks = 0, bytes = 0, mask_bytes = 0;
+    for (const Node& node : nodes) {
+      const int64_t own = node.height * node.width, strips = own / kPixels + bands_of(node);
+      pixels = std::max(pixels, own);
+      most_bands = std::max(most_bands, bands_of(node));
+      most_tasks = std::max(most_tasks, strips * (node.kind == kConvolution ? blocks(node) : 1));
+      // Of a band: marks of one row and of a source's row with its margins; of an input: in which bits a row's numbers differ.
+      bytes = std::max(bytes, 2 * rounded(node.row));
+      if (node.kind == kInput) bytes = std::max(bytes, rounded(4 * node.width * node.channels));
+      mask_bytes += node.height * (node.width + 1) + 2;
+    }
+    band_bytes = bytes;
+    counts = rounded(pixels * sizeof(int32_t));
+    tasks = counts + rounded(most_bands * sizeof(int64_t));
+    bands = tasks + rounded(most_tasks * sizeof(Task));
+    masks = bands + most_bands * band_bytes;
+    size = masks + rounded(mask_bytes);
+  }
+
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+};
+
 class Network {
  public:
-  Network(std::vector<Node> nodes, Team& team) : nodes_(std::move(nodes)), team_(team) {
-    int64_t masks = 0, bytes = 0, pixels = 0, bands = 0;
-    for (const Node& node : nodes_) {
-      masks += node.height * (node.width + 1) + 2;
-      pixels = std::max(pixels, node.height * node.width);
-      bytes = std::max(bytes, node.kind == kInput ? 4 * node.width * node.channels : 2 * (node.width + 2 * node.margin));
-      bands = std::max(bands, (node.height - 1) / rows_of_band(node) + 1);
-    }
-    band_bytes_ = (bytes / 2 + 63) / 64 * 128;
-    const int64_t listed = (pixels + 15) / 16 * 16;
-    char* memory = Scratch::of<char>(listed * 4 + bands * 8 + bands * band_bytes_ + masks);
-    list_ = reinterpret_cast<int32_t*>(memory);
-    counts_ = reinterpret_cast<int64_t*>(memory + listed * 4);
-    scratch_ = reinterpret_cast<uint8_t*>(counts_ + bands);
-    uint8_t* mask = scratch_ + bands * band_bytes_;
+  Network(std::vector<Node> nodes, const Layout& layout, uint8_t* memory, Team& team)
+      : nodes_(std::move(nodes)),
+        team_(team),
+        list_(reinterpret_cast<int32_t*>(memory + layout.list)),
+        counts_(reinterpret_cast<int64_t*>(memory + layout.counts)),
+        tasks_(reinterpret_cast<Task*>(memory + layout.tasks)),
+        scratch_(memory + layout.bands),
+        band_bytes_(layout.band_bytes) {
+    uint8_t* mask = memory + layout.masks;
     for (Node& node : nodes_) {
       node.changed = mask + 1;
       node.changed_rows = node.changed + node.height * node.width + 1;
       mask = node.changed_rows + node.height;
     }
   }
-
-  std::vector<Node>& nodes() { return nodes_; }
 
   // All maps; numbers of computed pixels (of the input: changed ones), or -1 where nothing was compared.
   void run(const float* frame, bool started, int32_t* counts) {
@@ -533,7 +561,7 @@ class Network {
 
  private:
   int64_t input(Node& node, const float* frame, bool started) {
-    const int64_t band = rows_of_band(node), bands = (node.height + band - 1) / band;
+    const int64_t band = rows_of_band(node), bands = bands_of(node);
     team_.run(bands, [&](int64_t i) {
       counts_[i] = 0;
       for (int64_t y = i * band; y < std::min((i + 1) * band, node.height); ++y)
@@ -545,15 +573,12 @@ class Network {
     return count;
   }
 
-  // Rows whose pixels one thread lists.
-  static int64_t rows_of_band(const Node& node) { return std::max<int64_t>(1, 1024 / node.width); }
-
   int64_t compute(Node& node, bool started) {
     node.any = false;
     if (started && std::none_of(node.sources.begin(), node.sources.end(),
                                 [&](const Source& source) { return nodes_[source.node].any; }))
       return 0;
-    const int64_t band = rows_of_band(node), bands = (node.height + band - 1) / band;
+    const int64_t band = rows_of_band(node), bands = bands_of(node);
     team_.run(bands, [&](int64_t i) {
       const int64_t from = i * band, to = std::min(from + band, node.height);
       int32_t* list = list_ + from * node.width;
@@ -573,10 +598,10 @@ class Network {
     int64_t total = 0;
     for (int64_t i = 0; i < bands; ++i) total += counts_[i];
     if (!total) return 0;
-    plan(node, total, bands, band);
+    const int64_t tasks = plan(node, total, bands, band);
     const Ending ending{node, started};
     const bool dense = node.kind == kConvolution, by_channel = is_depthwise(nodes_, node);
-    team_.run(static_cast<int64_t>(tasks_.size()), [&](int64_t i) {
+    team_.run(tasks, [&](int64_t i) {
       const Task& task = tasks_[i];
       if (!dense) {
         for (int64_t p = 0; p < task.count; ++p) combine(nodes_, ending, task.pixels[p]);
@@ -608,9 +633,9 @@ class Network {
     begins(node, 1, 0, pixels.own);
   }
 
-  // Tasks: of many pixels, so that weights are read seldom, but enough tasks for everybody.
-  void plan(const Node& node, int64_t total, int64_t bands, int64_t band) {
-    tasks_.clear();
+  // Tasks: of many pixels, so that weights are read seldom, but enough tasks for everybody. Returns how many.
+  int64_t plan(const Node& node, int64_t total, int64_t bands, int64_t band) {
+    int64_t made = 0;
     const bool depthwise = is_depthwise(nodes_, node);
     const int64_t all = node.kind == kConvolution && !depthwise ? blocks(node) : 1;
     const int64_t wanted = team_.size() == 1 ? 1 : 6 * team_.size();
@@ -630,48 +655,65 @@ class Network {
         const int64_t count = counts_[i], chunks = (count + chunk - 1) / chunk;
         const int32_t* list = list_ + i * band * node.width;
         for (int64_t j = 0; j < chunks; ++j)
-          tasks_.push_back({list + count * j / chunks, count * (j + 1) / chunks - count * j / chunks, all * part / parts,
-                            all * (part + 1) / parts});
+          tasks_[made++] = {list + count * j / chunks, count * (j + 1) / chunks - count * j / chunks, all * part / parts,
+                            all * (part + 1) / parts};
       }
+    return made;
   }
 
   std::vector<Node> nodes_;
   Team& team_;
-  std::vector<Task> tasks_;
   int32_t* list_;
   int64_t* counts_;
+  Task* tasks_;
   uint8_t* scratch_;
   int64_t band_bytes_;
 };
 
+// program: the number of threads at most, then that of `parse`.
 ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> frame, ffi::Buffer<ffi::PRED> started,
-               ffi::Buffer<ffi::F32> parameters, ffi::RemainingArgs, ffi::ResultBuffer<ffi::F32> means,
-               ffi::ResultBuffer<ffi::S32> counts, ffi::RemainingRets maps, ffi::Span<const int64_t> program) {
-  Team team(pool);
-  Network network(parse(program, parameters.typed_data()), team);
-  std::vector<Node>& nodes = network.nodes();
+               ffi::Buffer<ffi::S32> program, ffi::Buffer<ffi::F32> parameters, ffi::RemainingArgs,
+               ffi::ResultBuffer<ffi::F32> means, ffi::ResultBuffer<ffi::S32> counts, ffi::ResultBuffer<ffi::U8> memory,
+               ffi::RemainingRets maps) try {
+  const int32_t* numbers = program.typed_data();
+  std::vector<Node> nodes = parse(numbers + 1, program.element_count() - 1, parameters.typed_data());
   if (maps.size() != nodes.size()) return ffi::Error::InvalidArgument("as many maps as nodes are needed");
   for (std::size_t i = 0; i < nodes.size(); ++i) {
     auto map = maps.get<ffi::Buffer<ffi::F32>>(i);
     if (!map.has_value()) return map.error();
     nodes[i].map = (*map)->typed_data();
+    if (static_cast<int64_t>((*map)->element_count()) != nodes[i].numbers())
+      return ffi::Error::InvalidArgument("map " + std::to_string(i) + " has another size than its node");
   }
+  const Layout layout(nodes);
+  if (static_cast<int64_t>(memory->element_count()) < layout.size)
+    return ffi::Error::InvalidArgument(std::to_string(layout.size) + " bytes of memory are needed");
+  Team team(pool, numbers[0]);
+  Network network(std::move(nodes), layout, memory->typed_data(), team);
   network.run(frame.typed_data(), *started.typed_data(), counts->typed_data());
   network.means(means->typed_data());
   return ffi::Error::Success();
+} catch (const std::exception& error) {  // before any map is touched: there is no memory for the nodes or the team
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("delta inference has no memory: ") + error.what());
 }
 
 }  // namespace
 
-// The maps are arguments and, in the same memory, results.
+// Bytes of memory that frames of this network are worked in.
+extern "C" int64_t deltajax_delta_convolution_memory(const int32_t* program, int64_t length) {
+  return Layout(parse(program + 1, length - 1, nullptr)).size;
+}
+
+// The memory and the maps are arguments and, in the same memory, results.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(deltajax_delta_convolution, run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
-                                  .RemainingRets()
-                                  .Attr<ffi::Span<const int64_t>>("program"));
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .RemainingRets());

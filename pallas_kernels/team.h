@@ -12,14 +12,20 @@ namespace deltajax {
 // begun, so a pool that is busy cannot hang it.
 class Team {
  public:
-  // pool: as XLA's.
+  // pool: as XLA's; most: threads, the caller's included.
   template <typename Pool>
-  explicit Team(Pool& pool) : size_(std::max<int64_t>(1, pool.num_threads())), shared_(std::make_shared<Shared>()) {
-    for (int64_t i = 1; i < size_; ++i)
-      pool.Schedule([shared = shared_] {
-        for (int64_t waited = 0; !(shared->ticket.load(std::memory_order_acquire) & kStop);)
-          waited = shared->work() ? 0 : rest(waited);
-      });
+  Team(Pool& pool, int64_t most)
+      : size_(std::max<int64_t>(1, std::min(most, pool.num_threads()))), shared_(std::make_shared<Shared>()) {
+    const std::thread::id caller = std::this_thread::get_id();
+    try {
+      for (int64_t i = 1; i < size_; ++i)
+        pool.Schedule([shared = shared_, caller] {
+          if (std::this_thread::get_id() == caller) return;  // the pool's queue was full: it would wait for itself
+          for (int64_t waited = 0; !(shared->ticket.load(std::memory_order_acquire) & kStop);)
+            waited = shared->work() ? 0 : rest(waited);
+        });
+    } catch (const std::bad_alloc&) {  // fewer come
+    }
   }
   ~Team() { shared_->ticket.store(kStop, std::memory_order_release); }
   Team(const Team&) = delete;
@@ -27,7 +33,7 @@ class Team {
 
   int64_t size() const { return size_; }
 
-  // f(0), ..., f(n - 1), all done when this returns; n < 2^20.
+  // f(0), ..., f(n - 1), all done when this returns; f throws nothing, n < 2^31 less the threads.
   template <typename F>
   void run(int64_t n, const F& f) {
     if (size_ == 1 || n < 2) {
@@ -44,7 +50,7 @@ class Team {
   }
 
  private:
-  static constexpr int kBits = 20;
+  static constexpr int kBits = 31;
   static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1, kStop = uint64_t{1} << 63;
 
   struct Shared {

@@ -87,7 +87,9 @@ class _Builder:
 
 def _resnet(builder: _Builder, params: dict, stats: dict, config: resnet.Config) -> None:
     imagenet = config.stem == "imagenet"
-    # Rounding to multiples of a step does not change which value is the largest: pooled and quantised, in either order.
+    # Rounding to multiples of a channel's step does not change which value is the largest: in either order. Of neurons' steps
+    # there are only as many as pooled pixels.
+    before = "stem" if not imagenet or jnp.ndim(builder.delta.get("stem", {}).get("step", 0)) < 3 else None
     x = builder.conv(
         "stem.conv" if imagenet else "stem",
         "input",
@@ -95,7 +97,7 @@ def _resnet(builder: _Builder, params: dict, stats: dict, config: resnet.Config)
         stats["stem"],
         2 if imagenet else 1,
         activation="relu",
-        place="stem",
+        place=before,
     )
     if imagenet:
         x = builder.max_pool("stem", x, Window(3, 2, (1, 1)), "stem")

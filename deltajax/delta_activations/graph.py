@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from deltajax.layers import classifier
@@ -17,6 +18,7 @@ from deltajax.layers.activation import ACTIVATIONS
 from deltajax.ops.delta_activation import quantize
 
 Params = dict[str, Any]
+Sizes = dict[str, tuple[int, int, int]]  # height, width, channels of every map
 Padding = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows, before and after the columns
 NO_PADDING: Padding = ((0, 0), (0, 0))
 
@@ -26,14 +28,19 @@ class Window:
     """Which pixels of a source one pixel of a map reads: `size` x `size`, at steps of `stride`.
 
     Attributes:
-      size: rows and columns.
-      stride: of both axes.
-      padding: zeros before and after each axis of the source.
+      size: rows and columns, >= 1.
+      stride: of both axes, >= 1.
+      padding: zeros before and after each axis of the source, >= 0.
     """
 
     size: int = 1
     stride: int = 1
     padding: tuple[int, int] = (0, 0)
+
+    def __post_init__(self):
+        """Check the ranges."""
+        if min(self.size, self.stride) < 1 or min(self.padding) < 0:
+            raise ValueError(f"a window needs size and stride >= 1 and padding >= 0, got {self}")
 
     def outputs(self, length: int) -> int:
         """Pixels of the map along an axis of `length` source pixels."""
@@ -53,8 +60,9 @@ class Node:
       name: of the map, and of its parameters.
       kind: "input" (the frame), "conv" (kernel, bias), "max_pool" (of maps that are not negative), "add" or "concat".
       channels: of the map.
-      sources: names of the maps read and their windows. A second source of a "conv" is added to it: as it is, or through
-        the 1 x 1 convolution "shortcut" (kernel) where the parameters have one.
+      sources: names of the maps read and their windows: one of a "max_pool", one or two of a "conv", whose second source is
+        added to it, as it is or through the 1 x 1 convolution "shortcut" (kernel) where the parameters have one. What is
+        added or concatenated is read by the window of one pixel.
       activation: of `layers.activation`, or none.
       quantized: whether a delta activation ("step") ends the map. Without it the map holds plain values.
       groups: of the convolution.
@@ -122,9 +130,13 @@ class Graph:
     nodes: tuple[Node, ...]
 
     def __post_init__(self):
-        """Check the order, the kinds and what max-pooling needs."""
+        """Check the order, the kinds, what each reads, and what max-pooling needs."""
         seen: dict[str, Node] = {}
         for node in self.nodes:
+            most = {"input": 0, "conv": 2, "max_pool": 1}.get(node.kind, len(node.sources))
+            single = node.sources if node.kind in ("add", "concat") else ()
+            if len(node.sources) > most or any(window != Window() for _, window in single):
+                raise ValueError(f"node {node.name}: {node.kind} cannot read {node.sources}")
             for source, window in node.sources:
                 if source not in seen:
                     raise ValueError(f"node {node.name} reads {source!r}; maps before it: {', '.join(seen) or 'none'}")
@@ -136,9 +148,9 @@ class Graph:
         if not self.nodes or [n.kind for n in self.nodes].count("input") != 1 or self.nodes[0].kind != "input":
             raise ValueError("a graph must begin with its one input")
 
-    def sizes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+    def sizes(self, height: int, width: int) -> Sizes:
         """(height, width, channels) of every map, for frames of this size."""
-        sizes: dict[str, tuple[int, int, int]] = {}
+        sizes: Sizes = {}
         for node in self.nodes:
             if node.kind == "input":
                 sizes[node.name] = (height, width, node.channels)
@@ -150,6 +162,55 @@ class Graph:
                 raise ValueError(f"frames of {height} x {width} do not fit: node {node.name} would be of size {found}")
             sizes[node.name] = (*found.pop(), node.channels)
         return sizes
+
+    def margins(self) -> dict[str, tuple[int, int]]:
+        """Zeros before and after each axis that the readers of a map need."""
+        margins = {node.name: (0, 0) for node in self.nodes}
+        for node in self.nodes:
+            for name, window in node.sources:
+                margins[name] = (max(margins[name][0], window.padding[0]), max(margins[name][1], window.padding[1]))
+        return margins
+
+    def check(self, params: Params, sizes: Sizes) -> None:
+        """Raise ValueError for parameters that are missing, of another shape than the graph's, or steps that are not > 0."""
+        channels = {name: size[-1] for name, size in sizes.items()}
+        for node in self.nodes:
+            own, reads = params["maps"].get(node.name, {}), [channels[name] for name, _ in node.sources]
+            size, kinds = sizes[node.name], {"max_pool": reads[:1], "add": sorted(set(reads)), "concat": [sum(reads)]}
+            if kinds.get(node.kind, [node.channels]) != [node.channels]:
+                raise ValueError(f"node {node.name}: a {node.kind} of maps of {reads} channels has not {node.channels}")
+            wanted: dict[str, list[tuple[int, ...]]] = {"step": [(), size[-1:], size]} if node.quantized else {}
+            if node.kind == "conv":
+                if node.groups < 1 or reads[0] % node.groups or node.channels % node.groups:
+                    raise ValueError(
+                        f"node {node.name}: {node.groups} groups of {reads[0]} and {node.channels} channels"
+                    )
+                side = node.sources[0][1].size
+                wanted["kernel"] = [(side, side, reads[0] // node.groups, node.channels)]
+                wanted["bias"] = [(node.channels,)]
+            if len(reads) == 2 and node.kind == "conv":
+                window = node.sources[1][1]
+                if "shortcut" in own:
+                    wanted["shortcut"] = [(1, 1, reads[1], node.channels)]
+                if window.size != 1 or ("shortcut" not in own and (window != Window() or reads[1] != node.channels)):
+                    raise ValueError(
+                        f"node {node.name}: {node.sources[1]} of {reads[1]} channels cannot be added to it"
+                    )
+            for name, shapes in wanted.items():
+                if name not in own or np.shape(own[name]) not in shapes:
+                    found = np.shape(own[name]) if name in own else "none"
+                    raise ValueError(
+                        f"{name} of {node.name} must have shape {' or '.join(map(str, shapes))}, got {found}"
+                    )
+            if node.quantized:
+                step = np.asarray(own["step"]).astype(np.float32)
+                if not (np.isfinite(step) & (step >= np.finfo(np.float32).tiny)).all():  # XLA takes less for zero
+                    raise ValueError(f"steps of {node.name} must be > 0 and finite, got {step.min()} to {step.max()}")
+        weights = params["head"]["hidden" if "hidden" in params["head"] else "weight"]
+        if np.ndim(weights) != 2 or np.shape(weights)[0] != self.nodes[-1].channels:
+            raise ValueError(
+                f"weights of the head must have shape ({self.nodes[-1].channels}, ...), got {np.shape(weights)}"
+            )
 
     def operations(self, params: Params, height: int, width: int) -> dict[str, float]:
         """Multiply-accumulates that each map feeds in all, margins included; over its size: its fan-out."""
@@ -165,6 +226,11 @@ class Graph:
         head = params["head"]
         fed[last] += math.prod((head["hidden"] if "hidden" in head else head["weight"]).shape)
         return fed
+
+
+def inside(value: Array, size: tuple[int, ...], margins: tuple[int, int]) -> Array:
+    """A map [size] without its margins."""
+    return value[margins[0] : margins[0] + size[0], margins[0] : margins[0] + size[1]]
 
 
 def maps(graph: Graph, params: Params, frames: Float[Array, "B H W C"]) -> dict[str, Array]:

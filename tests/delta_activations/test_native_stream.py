@@ -116,7 +116,7 @@ def test_equals_dense_inference(name):
         np.testing.assert_array_equal(logits, fresh_logits)
         for a, b in zip(jax.tree.leaves(state.maps), jax.tree.leaves(fresh.maps), strict=True):
             np.testing.assert_array_equal(a, b)
-        now = {node.name: runner._inside(node.name, np.asarray(state.maps[node.name])) for node in net.nodes}
+        now = {node.name: np.asarray(runner.map(state, node.name)) for node in net.nodes}
         changed = {node.name: np.zeros(now[node.name].shape[:2], bool) for node in net.nodes}
         for node, count in zip(net.nodes, np.asarray(counts), strict=True):
             # Each map from what the kernel itself read, so that a step that rounding moves is not carried on.
@@ -210,3 +210,96 @@ def test_where_it_is_not_to_be_had(monkeypatch, caplog):
     frame = next(clip(np.random.default_rng(6), (40, 52)))
     dense = jax.jit(functools.partial(graph.apply, net))
     np.testing.assert_allclose(runner.step(runner.init_state(), frame)[0], dense(params, frame[None])[0], rtol=1e-5)
+
+
+def small_graph(rng, inputs, channels, window, groups=1, activation="relu", size=None):
+    """input -> "a" by the window -> "b" by 3 x 3 and groups, which also reads the input, if the sizes agree."""
+    nodes = (
+        graph.Node("input", "input", inputs),
+        graph.Node("a", "conv", 2 * inputs, (("input", window),), activation),
+        graph.Node("b", "conv", channels, (("a", NEAR),), activation, groups=groups),
+        graph.Node("again", "conv", channels, (("input", POINT),), quantized=False),
+    )
+    params = {
+        "input": {"step": jnp.float32(0.01)},
+        "a": conv(rng, window.size, inputs, 2 * inputs, np.full(2 * inputs, 0.05, np.float32)),
+        "b": conv(rng, 3, 2 * inputs // groups, channels, np.float32(0.05)),
+        "again": {"kernel": draw(rng, 1, 1, inputs, channels), "bias": draw(rng, channels)},
+    }
+    return graph.Graph(nodes), {"maps": params, "head": {"weight": draw(rng, channels, 3), "bias": draw(rng, 3)}}
+
+
+@pytest.mark.parametrize(
+    ("size", "inputs", "channels", "window", "groups"),
+    [
+        ((1, 1), 1, 33, WIDE, 1),
+        ((1, 65), 17, 1, NEAR, 1),
+        ((64, 1), 3, 17, POINT, 1),
+        ((9, 13), 4, 4, NEAR, 4),  # as many groups as channels, but two inputs each
+        ((5, 7), 3, 12, NEAR, 6),  # two channels of one input
+        ((20, 20), 1, 5, graph.Window(70, 3, (0, 64)), 1),  # margins only behind, longer than the rows that they end
+        ((33, 64), 3, 5, graph.Window(4, 4, (3, 1)), 1),
+    ],
+)
+def test_odd_sizes(size, inputs, channels, window, groups):
+    """One row, column or pixel; channels that fill no vector; groups; margins of one side; large strides."""
+    rng = np.random.default_rng(7)
+    net, params = small_graph(rng, inputs, channels, window, groups)
+    runner = stream.Stream(net, params, (*size, inputs), implementation="native")
+    maps, state = jax.jit(functools.partial(graph.maps, net)), runner.init_state()
+    frame = rng.standard_normal((*size, inputs)).astype(np.float32)
+    for added in (None, np.eye(*size), np.eye(*size, 1), np.ones(size)):
+        frame = frame if added is None else frame + added[..., None].astype(np.float32)
+        _, state, counts = runner.step(state, frame)
+        for name, want in maps(params, frame[None]).items():
+            near = np.abs(runner.map(state, name) - want[0]) < 1e-4
+            assert near.all() if name in ("input", "again") else near.mean() > 0.99, name  # rounding may move a step
+        assert counts[0] == (stream.DENSE if added is None else added.sum())
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "hard_swish", "hard_sigmoid"])
+def test_what_is_no_number_goes_on(activation):
+    """As in dense inference, under a trace, where values are not looked at; and when no frame has it any more it is gone."""
+    nodes = (
+        graph.Node("input", "input", 3, quantized=False),
+        graph.Node("a", "conv", 5, (("input", NEAR),), activation),
+        graph.Node("pooled", "max_pool", 5, (("a", graph.Window(2, 2)),)),
+        graph.Node("sum", "add", 5, (("pooled", POINT), ("pooled", POINT)), activation, quantized=False),
+    )
+    rng = np.random.default_rng(8)
+    params = {"input": {}, "a": conv(rng, 3, 3, 5, np.float32(0.25)), "pooled": {"step": jnp.full(5, 0.5)}, "sum": {}}
+    both = {"maps": params, "head": {"weight": draw(rng, 5, 2), "bias": draw(rng, 2)}}
+    runner = stream.Stream(graph.Graph(nodes), both, (12, 14, 3))
+    frame = rng.standard_normal((12, 14, 3)).astype(np.float32)
+    broken = frame.copy()
+    broken[5, 6, 1], broken[8:, 0, 2], broken[0, 13] = np.nan, np.inf, -np.inf
+    step, state = jax.jit(runner.step), runner.init_state()
+    for values in (frame, broken, broken, frame):
+        logits, state, _ = step(state, values)
+        for name, want in graph.maps(graph.Graph(nodes), both, jnp.asarray(values[None])).items():
+            np.testing.assert_allclose(runner.map(state, name), want[0], atol=1e-5, err_msg=name)
+    assert np.isfinite(logits).all()
+    maps = {**params, "a": {**params["a"], "bias": jnp.full(5, jnp.nan)}}
+    runner.params = {**both, "maps": maps}
+    assert np.isnan(runner.step(runner.init_state(), frame)[0]).all()
+
+
+def test_layout_of_new_parameters():
+    """Steps of neurons here and of channels there, then the other way round: as many numbers as before, elsewhere."""
+    rng = np.random.default_rng(9)
+    nodes = (graph.Node("input", "input", 2), *(graph.Node(n, "conv", 2, (("input", POINT),)) for n in "ab"))
+    whole, one = np.full((4, 6, 2), 0.5, np.float32), np.full(2, 0.25, np.float32)
+    whole[1:3, 2:4] = 2
+
+    def params(a, b):
+        maps = {"input": {"step": jnp.float32(0.1)}, "a": conv(rng, 1, 2, 2, a), "b": conv(rng, 1, 2, 2, b)}
+        return {"maps": maps, "head": {"weight": jnp.eye(2), "bias": jnp.zeros(2)}}
+
+    runner, frame = None, rng.standard_normal((4, 6, 2)).astype(np.float32)
+    for given in (params(whole, one), params(one, whole)):
+        runner = runner or stream.Stream(graph.Graph(nodes), given, (4, 6, 2))
+        runner.params = given
+        _, state, _ = runner.step(runner.init_state(), frame)
+        want = graph.maps(graph.Graph(nodes), given, frame[None])
+        for name in "ab":
+            np.testing.assert_allclose(runner.map(state, name), want[name][0], atol=1e-6)

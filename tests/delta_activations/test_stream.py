@@ -3,6 +3,7 @@
 What only the native kernel does stands in `test_native_stream.py`.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 
@@ -97,7 +98,7 @@ def test_every_map_is_exact_without_dense_fallback(basic):
         _, state, tiles = runner.step(state, frame)
         assert t == 0 or (np.asarray(tiles) >= 0).all()
         for name, want in maps(basic[1], frame[None]).items():
-            np.testing.assert_allclose(runner._inside(name, state.maps[name]), want[0], atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(runner.map(state, name), want[0], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -289,19 +290,169 @@ def test_bad_input_leaves_the_state_as_it_was(basic, runner):
         (broken, state, "1 of the frame's 6240 values are not finite"),
         (jnp.asarray(broken), state, "not finite"),
         (frame, other.init_state(), "not one of this stream"),
+        (frame + 1j, state, "frames must be of real numbers, got complex64"),
+        (jnp.asarray(frame + 1j), state, "frames must be of real numbers, got complex64"),
+        (np.full(frame.shape, 1e300), state, "6240 of the frame's 6240 values are not finite"),
+        (np.full(frame.shape, "a"), state, "frames must be of real numbers, got <U1"),
     ):
         with pytest.raises(ValueError, match=message):
             runner.step(given, bad)
-    _, state, tiles = runner.step(state, frame)
+    _, after, tiles = runner.step(state, frame)
     assert not np.asarray(tiles).any()  # it still knows the frame before
-    for step in (0.0, -0.1, np.nan):
+    with pytest.raises(ValueError, match="the state was consumed by a step"):
+        runner.step(state, frame)
+    with pytest.raises(ValueError, match="the state was consumed by a step"):
+        runner.step(runner.reset(state), frame)
+    for wrong, message in (
+        (
+            {**after.maps, "stem": after.maps["stem"][1:]},
+            r"map stem must be float32\[42, 54, 8\], got float32\[41,54,8\]",
+        ),
+        ({**after.maps, "stem": after.maps["stem"].astype(jnp.bfloat16)}, "got bfloat16"),
+        ({k: v for k, v in after.maps.items() if k != "stem"}, "got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.step(dataclasses.replace(after, maps=wrong), frame)
+    assert not np.asarray(runner.step(after, frame)[2]).any()
+    for step in (0.0, -0.1, np.nan, 1e-40):
         maps = {**basic[1]["maps"], "stem": {**basic[1]["maps"]["stem"], "step": jnp.full(8, step)}}
         with pytest.raises(ValueError, match=r"steps of stem must be > 0"):
             stream.Stream(basic[0], {**basic[1], "maps": maps}, (*SIZE, 3))
-    with pytest.raises(ValueError, match="frame_shape must be"):
-        stream.Stream(*basic[:2], (*SIZE, 4))
+    for shape in ((*SIZE, 4), (40.0, 52.0, 3), (-40, 52, 3), (), 40):
+        with pytest.raises(ValueError, match=r"frame_shape must be \(height, width, 3\), got"):
+            stream.Stream(*basic[:2], shape)
+    for tiling in (((50, 4), 1), ((0, 4), 1), ((4, 4), 0), ((4, 4), 131)):
+        with pytest.raises(ValueError, match="tiles of stem must be of 1 to 40 x 52 pixels, a block of 1 to all tiles"):
+            stream.Stream(*basic[:2], (*SIZE, 3), tilings={"stem": stream.Tiling(*tiling)})
     with pytest.raises(ValueError, match="no map is named 'stm'"):
         stream.Stream(*basic[:2], (*SIZE, 3), limits={"stm": 3})
+
+
+def test_frames_of_any_type(basic, runner):
+    """Real numbers wherever and however they stand, as float32."""
+    whole = np.random.default_rng(5).integers(0, 9, (*SIZE, 3))
+    dense = jax.jit(functools.partial(graph.apply, basic[0]))(basic[1], whole[None].astype(np.float32))[0]
+    other = np.ascontiguousarray(whole.transpose(2, 0, 1)).transpose(1, 2, 0)
+    kinds = [np.uint8, np.float64, np.float16, jnp.bfloat16]
+    for frame in (*(whole.astype(kind) for kind in kinds), *(jnp.asarray(whole, kind) for kind in kinds[2:]), other):
+        np.testing.assert_allclose(runner.step(runner.init_state(), frame)[0], dense, rtol=1e-5)
+    np.testing.assert_allclose(runner.step(runner.init_state(), whole.tolist())[0], dense, rtol=1e-5)
+
+
+def test_within_other_programs(runner):
+    """A step under scan and vmap, which consume no state."""
+    seen = jnp.asarray(list(clip(np.random.default_rng(6), length=4)))
+    want, state, counted = [], runner.init_state(), []
+    for frame in seen:
+        logits, state, counts = runner.step(state, frame)
+        want, counted = [*want, logits], [*counted, counts]
+
+    def advance(state, frame):
+        logits, state, counts = runner.step(state, frame)
+        return state, (logits, counts)
+
+    start = runner.init_state()
+    last, (logits, counts) = jax.lax.scan(advance, start, seen)
+    np.testing.assert_allclose(logits, want, rtol=1e-5)
+    np.testing.assert_array_equal(counts, counted)
+    np.testing.assert_allclose(runner.step(last, seen[-1])[0], want[-1], rtol=1e-5)
+    if runner.implementation == "native":  # the other one takes long to compile
+        two = jax.tree.map(lambda x: jnp.stack([x, x]), start)
+        for frame in seen[:3]:
+            (two, (logits, _)) = jax.vmap(advance)(two, jnp.stack([frame, seen[0]]))
+        np.testing.assert_allclose(logits, [want[2], want[0]], rtol=1e-5)
+
+
+def test_new_parameters_hold_from_the_next_frame(basic, runner):
+    """For every state, without a reset; parameters of other shapes are refused and change nothing."""
+    frame = np.random.default_rng(7).standard_normal((*SIZE, 3)).astype(np.float32)
+    dense = jax.jit(functools.partial(graph.apply, basic[0]))
+    _, state, _ = runner.step(runner.init_state(), frame)
+    maps = {name: {k: v if k == "step" else -v for k, v in own.items()} for name, own in basic[1]["maps"].items()}
+    runner.params = new = {**basic[1], "maps": maps}
+    logits, state, counts = runner.step(state, frame)
+    np.testing.assert_allclose(logits, dense(new, frame[None])[0], rtol=1e-4, atol=1e-5)
+    assert (np.asarray(counts) == stream.DENSE).all()
+    stem = maps["stem"]
+    for wrong, message in (
+        ({**stem, "kernel": stem["kernel"][:2]}, r"kernel of stem must have shape \(3, 3, 3, 8\), got \(2, 3, 3, 8\)"),
+        ({**stem, "bias": stem["bias"][:2]}, "bias of stem must have shape"),
+        ({**stem, "step": jnp.ones(3)}, r"step of stem must have shape \(\) or \(8,\) or \(40, 52, 8\), got \(3,\)"),
+        ({"kernel": stem["kernel"], "bias": stem["bias"]}, "step of stem must have .*, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.params = {**new, "maps": {**maps, "stem": wrong}}
+    with pytest.raises(ValueError, match=r"weights of the head must have shape \(16, ...\), got \(3, 2\)"):
+        runner.params = {**new, "head": {"weight": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+    assert runner.params is new and not np.asarray(runner.step(state, frame)[2]).any()
+    runner.params = basic[1]
+
+
+def test_threads_share_a_stream(runner):
+    """Each with its state, at once: each gets what it gets alone."""
+    seen = list(clip(np.random.default_rng(8), length=5))
+    alone = np.stack(list(runner.run(seen)))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for together in pool.map(lambda _: np.stack(list(runner.run(seen))), range(8)):
+            np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_steps_of_neurons(implementation):
+    """Folded behind a pooled stem too; tiles have those of their pixels."""
+    config = frames.Config(
+        resnet.resnet18(blocks=(1, 1), widths=(4, 8), num_classes=5),
+        SIZE,
+        delta_activation.Config(init_step=0.3, steps="neuron"),
+    )
+    params, stats = network(config)
+    net, folded = fold.fold(params, stats, config)
+    limits = {node.name: 10**6 for node in net.nodes} if implementation == "xla" else None
+    runner = stream.Stream(net, folded, (*SIZE, 3), limits=limits, implementation=implementation)
+    dense, state = jax.jit(functools.partial(graph.apply, net)), runner.init_state()
+    frame = np.random.default_rng(9).standard_normal((*SIZE, 3)).astype(np.float32)
+    want, _ = frames.apply(params, stats, config, jnp.asarray(frame)[None, None])
+    np.testing.assert_allclose(dense(folded, frame[None]), want[:, 0], rtol=0.1, atol=0.1)
+    for _ in range(3):
+        logits, state, _ = runner.step(state, frame)
+        np.testing.assert_allclose(logits, dense(folded, frame[None])[0], rtol=2e-2, atol=2e-2)
+        frame[33:, 9:21] += 1
+
+
+def test_graphs_that_cannot_be():
+    point, near, half = graph.Window(), graph.Window(3, 1, (1, 1)), graph.Window(1, 2)
+    source = graph.Node("input", "input", 3)
+    for values in ((0,), (1, 0), (1, 1, (-1, 0))):
+        with pytest.raises(ValueError, match="a window needs size and stride >= 1 and padding >= 0"):
+            graph.Window(*values)
+    for kind, windows in (
+        ("add", (near,)),
+        ("concat", (point, half)),
+        ("max_pool", (point, point)),
+        ("conv", (point,) * 3),
+    ):
+        with pytest.raises(ValueError, match=f"node x: {kind} cannot read"):
+            graph.Graph((source, graph.Node("x", kind, 3, tuple(("input", window) for window in windows))))
+    kernel, bias = jnp.ones((1, 1, 3, 4)), jnp.ones(4)
+    for node, own, message in (
+        (graph.Node("x", "max_pool", 4, (("input", point),)), {}, r"a max_pool of maps of \[3\] channels has not 4"),
+        (graph.Node("x", "add", 4, (("input", point),) * 2), {}, r"a add of maps of \[3, 3\] channels has not 4"),
+        (graph.Node("x", "concat", 4, (("input", point),) * 2), {}, "a concat of maps"),
+        (graph.Node("x", "conv", 4, (("input", point),), groups=2), {}, "2 groups of 3 and 4 channels"),
+        (
+            graph.Node("x", "conv", 4, (("input", point),) * 2),
+            {"kernel": kernel, "bias": bias},
+            "cannot be added to it",
+        ),
+        (
+            graph.Node("x", "conv", 4, (("input", point),) * 2),
+            {"kernel": kernel, "bias": bias, "shortcut": jnp.ones((3, 3, 3, 4))},
+            r"shortcut of x must have shape \(1, 1, 3, 4\)",
+        ),
+    ):
+        net = graph.Graph((dataclasses.replace(source, quantized=False), dataclasses.replace(node, quantized=False)))
+        with pytest.raises(ValueError, match=message):
+            stream.Stream(net, {"maps": {"input": {}, "x": own}, "head": {"weight": jnp.ones((4, 2))}}, (4, 4, 3))
 
 
 def test_fan_out_of_a_small_function():

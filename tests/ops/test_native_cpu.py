@@ -1,38 +1,18 @@
 """The CPU kernel's own promises: any vector width, no compiler, what the backward keeps. Values: test_delta_rule.py."""
 
-import os
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from delta_rule_cases import NAMES, draw
+from native_processes import compiler, run
 
 from deltajax.ops import delta_product
 from pallas_kernels import native
 
-TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler")
-
-
-def run(code, **settings):
-    """Standard error of a fresh Python, which must end well."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{TESTS.parents[1]}:{TESTS}"} | settings
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def compiler(folder, *options):
-    """A compiler that gives these options last."""
-    script = folder / "compiler"
-    script.write_text(f'#!/bin/sh\nexec {native.compiler()[0]} "$@" {" ".join(options)}\n')
-    script.chmod(0o755)
-    return str(script)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="vectors of x86")
