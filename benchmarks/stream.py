@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import table
+from benchmarks import operations, table
 from deltajax.delta_activations import fold, graph, stream
 from deltajax.layers import delta_activation
 from deltajax.models import efficientnet, frames, resnet
@@ -95,19 +95,6 @@ def network(name: str, pixels: int) -> tuple[graph.Graph, dict, graph.Graph, dic
     return *fold.fold(params, stats, config), *fold.fold({"network": params["network"]}, stats, plain)
 
 
-def operations(runner: stream.Stream, counts: np.ndarray) -> float:
-    """Share of the multiply-accumulates of all maps that a step with these counts computed."""
-    done = total = 0.0
-    for node, count in zip(runner.graph.nodes, counts, strict=True):
-        own = runner.params["maps"][node.name]
-        each = sum(own[name].size for name in ("kernel", "shortcut") if name in own)
-        tiles = runner.tile_counts[node.name]
-        pixels = float(np.prod(runner.sizes[node.name][:2]))
-        done += each * pixels * (1 if count == stream.DENSE else min(1, count / tiles))
-        total += each * pixels
-    return done / total
-
-
 def measure(name: str, pixels: int, shares: list[float], wheres: list[str]) -> list[dict[str, object]]:
     """Rows of one network and size."""
     quantized, params, unquantized, plain_params = network(name, pixels)
@@ -142,7 +129,7 @@ def measure(name: str, pixels: int, shares: list[float], wheres: list[str]) -> l
                     best[i, t] = min(best[i, t], seconds)
                     if not i:
                         got.append(logits)
-                        shares_done.append(operations(runner, np.asarray(counts)))
+                        shares_done.append(operations.computed(runner, counts))
             for i, (function, of_function) in enumerate(((dense, params), (plain, plain_params)), 2):
                 timed(function, of_function, seen[:1])
                 for t, frame in enumerate(seen[1:]):

@@ -7,12 +7,10 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from deltajax import cli
-from deltajax.errors import RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,38 +37,23 @@ def _generate(values: flags.FlagValues) -> bytes:
     import jax  # here, so that Ctrl-C while it is imported is one line too
 
     from deltajax import data
-    from deltajax.layers.param import abstract_params
     from deltajax.models import registry
-    from deltajax.training import sampling, serialize
-    from deltajax.training.checkpoint import Checkpoints, abstract_like
+    from deltajax.training import pretrained, sampling
     from deltajax.training.config import Sampling
 
     given = {name: getattr(values, name) for name in ("max_tokens", "temperature", "top_k", "top_p")}
     given = {name: value for name, value in given.items() if value is not None}
     Sampling(**given)  # complains of values out of range before anything is read
-    checkpoints = Checkpoints(Path(values.workdir), read_only=True)
-    steps = [checkpoints.best_step()] if values.checkpoint == "best" else checkpoints.steps()[::-1]
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for step in steps:
-        try:
-            progress = checkpoints.progress(step)
-            config = serialize.from_json(progress["config"])
-            module = registry.module_of(config.model)
-            if not hasattr(module, "init_state") or not progress["tokenizer"]:
-                raise ValueError(f"--workdir={values.workdir}: it holds no language model of text")
-            shapes = abstract_like(abstract_params(module.param_specs(config.model)), device)
-            params = checkpoints.restore_params(step, shapes)
-            break
-        except RunError as error:
-            if step == steps[-1]:
-                raise
-            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+    found = pretrained.load(values.workdir, values.checkpoint)
+    config = found.config
+    if not hasattr(registry.module_of(config.model), "init_state") or not found.progress["tokenizer"]:
+        raise ValueError(f"--workdir={values.workdir}: it holds no language model of text")
     how = dataclasses.replace(config.sampling, **given)
     tokenizer = data.load_tokenizer(config.data.tokenizer)
-    if tokenizer.identity != progress["tokenizer"]:
+    if tokenizer.identity != found.progress["tokenizer"]:
         raise ValueError(f"tokenizer: {config.data.tokenizer!r} is not the one that the model was trained with")
     key = jax.random.key(values.seed)
-    return sampling.continue_text(params, config.model, tokenizer, os.fsencode(values.prompt), key, how)
+    return sampling.continue_text(found.params, config.model, tokenizer, os.fsencode(values.prompt), key, how)
 
 
 if __name__ == "__main__":

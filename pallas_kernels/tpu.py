@@ -50,10 +50,9 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     heads = v.shape[3]
     if heads > max(HEADS, 2 * q.shape[2]):
         q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
-    scan = _general
-    if tpu_bfloat16.serves(q, k, v, g):
-        scan = _bfloat16_without_backward if g is not None and _on_tpu7x() else _bfloat16
-    if scan is not _bfloat16:
+    scan = _bfloat16
+    if not tpu_bfloat16.serves(q, k, v, g):
+        scan = _general
         _check_vmem(q, v, g)
     constant = scale if isinstance(scale, int | float) else 1.0
     o, state = scan(q, k, v, beta, g, initial_state, constant)
@@ -66,11 +65,6 @@ def _tpu() -> Any:
         return pltpu.get_tpu_info()
     except ValueError:
         return None
-
-
-def _on_tpu7x() -> bool:
-    """Its compiler does not come to an end with the backward of `tpu_bfloat16` with gates."""
-    return _tpu() is not None and _tpu().chip_version == pltpu.ChipVersion.TPU_7X
 
 
 def _check_vmem(q, v, g) -> None:
@@ -117,19 +111,6 @@ def _bfloat16(q, k, v, beta, g, initial_state, scale):
     if g is not None:
         g = _by_row(_first_of_token(g, v.shape[2]))
     return tpu_bfloat16.scan(q, *map(_by_row, (k, v, beta)), g, initial_state, scale)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _bfloat16_without_backward(q, k, v, beta, g, initial_state, scale):
-    """`_bfloat16` where nobody asks for gradients, else `_general`."""
-    return _bfloat16(q, k, v, beta, g, initial_state, scale)
-
-
-def _bfloat16_without_backward_forward(q, k, v, beta, g, initial_state, scale):
-    return jax.vjp(functools.partial(_general, scale=scale), q, k, v, beta, g, initial_state)
-
-
-_bfloat16_without_backward.defvjp(_bfloat16_without_backward_forward, lambda scale, pull, cotangents: pull(cotangents))
 
 
 def _by_row(x):

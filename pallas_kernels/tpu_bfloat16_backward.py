@@ -34,6 +34,7 @@ from pallas_kernels.tpu_bfloat16_common import (
     iota,
     lanes_of,
     left,
+    one,
     padded,
     rows_of,
     run,
@@ -54,7 +55,7 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
         block.run()
         group = n.nh // n.kh
         for name, x in (("q", block.dq), ("k", block.dk)):
-            run(store(name, [sum(x[h * group + i] for i in range(group)) for h in range(n.kh)]))
+            run(store(name, [_sum_of_group(x, h * group, group) for h in range(n.kh)]))
         run(store("v", block.dv))
         outs["beta"][...] = block.gradient_of_beta()[: n.rows]
         if g is not None:
@@ -72,6 +73,11 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
         return jnp.moveaxis(x, 1, 2).reshape(n.batch, -1, n.heads)[:, : k.shape[1]].astype(like.dtype)
 
     return [dq, dk, dv, *map(by_row, of_columns, (beta, g)), dstate]
+
+
+def _sum_of_group(x, first, group):
+    """Of the value heads that share a key head."""
+    return x[first] if group == 1 else sum(one() * x[first + i] for i in range(group))
 
 
 class _Block:
@@ -162,7 +168,7 @@ class _Block:
         """Gradients of a head's q and k through the states, from their products with S^T."""
         gates, ds = self.gates, self.ds_ref[h]
         y = bits(column(gates.to_end, h) * gates.beta[:, h : h + 1] * floats(self.z[h]))
-        self.dk[h], self.dq[h] = reads[:ROWS] + dot(y, bits(ds), (1, 1)), reads[ROWS:]
+        self.dk[h], self.dq[h] = one() * reads[:ROWS] + dot(y, bits(ds), (1, 1)), reads[ROWS:]
         if self.gated:
             self._sum("from_start", h, floats(self.k[h]) * reads[:ROWS])
             self._sum("query", h, floats(self.q[h]) * reads[ROWS:])

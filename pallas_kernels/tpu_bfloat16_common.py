@@ -76,6 +76,15 @@ def transpose(x):
     return bits(pltpu.bitcast(x, BF16).T)
 
 
+def one():
+    """1.0, which the compiler does not know to be it.
+
+    Products that are added may be summed in the matrix unit. Which unit takes which, tpu7x's compiler decides for all that hang
+    together by such sums, and of some it does not come to an end (its pass "MXU-assigner"); times this they do not hang together.
+    """
+    return jnp.where(pl.program_id(2) < 0, 0.0, 1.0)
+
+
 def half_turn(x):
     """Lanes turned by half: what is left goes right."""
     return pltpu.roll(x, ROWS, 1)

@@ -22,12 +22,15 @@ def run(command, *more):
     return done.stdout
 
 
-def test_python_block():
+def test_python_blocks():
+    operation, streaming = [text for language, text in BLOCKS if language == "python"]
     names: dict = {}
-    (code,) = [text for language, text in BLOCKS if language == "python"]
-    exec(code, names)
+    exec(operation, names)
     assert names["o"].shape == names["v"].shape
     assert names["state"].shape == (1, 4, 64, 64)
+    names = {}
+    exec(streaming, names)
+    assert names["logits"].shape == (10,) and not names["counts"].any()
 
 
 def test_main_command(tmp_path):

@@ -5,17 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Int
 
 from deltajax import data
 from deltajax.interop import gpt_neox as interop
-from deltajax.layers.param import abstract_params
 from deltajax.models import registry
 from deltajax.ops import taps
-from deltajax.training import serialize
-from deltajax.training.checkpoint import Checkpoints, abstract_like
+from deltajax.training import pretrained
 
 Batch = dict[str, np.ndarray]
 
@@ -50,14 +47,9 @@ def load(workdir: str | Path, num_batches: int = 10) -> Trained:
       RunError: there is none, or it cannot be read.
       ValueError: its model has no residual stream (of tokens: running statistics of a batch norm are not read).
     """
-    checkpoints = Checkpoints(Path(workdir), read_only=True)
-    step = checkpoints.steps()[-1]
-    config = serialize.from_json(checkpoints.progress(step)["config"])
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    specs = registry.module_of(config.model).param_specs(config.model)
-    params = checkpoints.restore_params(step, abstract_like(abstract_params(specs), device))
-    batches = list(data.load(config.data).validation_batches(num_batches))
-    return _trained(workdir, config.model, step, params, batches)
+    found = pretrained.load(workdir)
+    batches = list(data.load(found.config.data).validation_batches(num_batches))
+    return _trained(workdir, found.config.model, found.step, found.params, batches)
 
 
 def load_directory(

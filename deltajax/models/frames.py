@@ -24,6 +24,7 @@ from deltajax.ops import delta_activation as ops
 NETWORKS: dict[type, Any] = {resnet.Config: resnet, efficientnet.Config: efficientnet}
 Penalty = Literal["temporal", "tile", "spatial"]
 SHOWN = ("temporal_sparsity",)
+TILE = 8  # rows and columns, at the size of the frames, for the metric "tile_sparsity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +36,12 @@ class Config:
       frame_size: (height, width) of the frames; operations are counted for it.
       delta: the delta activations; None: none.
       rate: of the penalty, >= 0. Penalties carry fan-outs (hundreds), so useful rates are small.
-      penalty: "temporal": mean |D|, the paper's; "tile": a group lasso over tiles of D, for what the streaming runner can
-        skip; "spatial": mean of the absolute activations themselves, with or without delta activations.
+      penalty: "temporal": mean |D|, the paper's; "tile": a smooth count of the tiles that changed, for what the streaming
+        runner can skip; "spatial": mean of the absolute activations themselves, with or without delta activations.
       init_steps: (beginning of a place's name, its steps at the start) where `delta.init_step` is not to hold; the first
         that fits: (("input", 0.05), ("stages.3", 4.0)).
-      tile: rows and columns of a tile at the size of the frames; deeper maps have smaller ones, down to one pixel.
+      tile: of the penalty "tile": rows and columns of a tile at the size of the frames; deeper maps have smaller ones, down
+        to one pixel.
     """
 
     network: resnet.Config | efficientnet.Config
@@ -174,7 +176,8 @@ def loss_sums(
 
     Entries besides "loss", "weight" and "accuracy": "cross_entropy", "penalty" (before the rate), "spatial_sparsity" and
     "temporal_sparsity" (operations, as in the paper: of the activations, and of their changes without the first frame),
-    "tile_sparsity" (operations of tiles without any change), "sparsity/<place>" (elements of D that are zero).
+    "pixel_sparsity" and "tile_sparsity" (operations of pixels, and of tiles of 8 x 8 pixels of the frame, without any
+    change), "sparsity/<place>" (elements of D that are zero).
 
     Args:
       batch: frames [B, T, H, W, C] floats with T >= 2, targets [B] integers, weights [B] floats.
@@ -195,10 +198,10 @@ def loss_sums(
         return jnp.sum(jax.vmap(lambda clip: function(clip[None]))(x) * weights)
 
     penalty = jnp.zeros(())
-    saved = dict.fromkeys(("spatial_sparsity", "temporal_sparsity", "tile_sparsity"), jnp.zeros(()))
+    saved = dict.fromkeys(("spatial_sparsity", "temporal_sparsity", "pixel_sparsity", "tile_sparsity"), jnp.zeros(()))
     for where, o in seen.items():
         shape, fan = places[where]
-        tile = max(1, config.tile * shape[0] // config.frame_size[0])
+        tile, measured = (max(1, n * shape[0] // config.frame_size[0]) for n in (config.tile, TILE))
         d = ops.differences(o)
         if config.penalty == "tile":
             penalty += over_clips(functools.partial(ops.tile_sparsity_loss, fan_out=fan, tile=tile), d)
@@ -208,7 +211,8 @@ def loss_sums(
         zeros = {
             "spatial_sparsity": over_clips(lambda x: 1 - ops.nonzeros(x), o[:, 1:]),
             "temporal_sparsity": over_clips(lambda x: 1 - ops.nonzeros(x), d),
-            "tile_sparsity": over_clips(lambda x, tile=tile: 1 - ops.changed_tiles(x, tile), d),
+            "pixel_sparsity": over_clips(lambda x: 1 - ops.changed_tiles(x, 1), d),
+            "tile_sparsity": over_clips(lambda x, tile=measured: 1 - ops.changed_tiles(x, tile), d),
         }
         for name, value in zeros.items():
             saved[name] += value * (_size(shape) * fan / total)

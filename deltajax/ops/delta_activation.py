@@ -80,10 +80,13 @@ def sparsity_loss(d: Float[Array, "B T *D"], fan_out: float) -> Float[Array, ""]
 
 
 def tile_sparsity_loss(d: Float[Array, "B T H W C"], fan_out: float, tile: int) -> Float[Array, ""]:
-    """fan_out * mean over tiles of the root of the mean of D^2 in tile x tile pixels and all channels (a group lasso).
+    """fan_out times a smooth count of the tiles that changed, in [0, fan_out).
 
-    It wants whole tiles to stay as they are, which is what the streaming runner can skip; `sparsity_loss` is content with
-    zeros wherever they stand. Edge tiles are filled up with zeros. The gradient at a tile without change is zero.
+    r / (r + s), mean over tiles of tile x tile pixels and all channels: r is the root of the mean of D^2 in a tile, s the mean
+    of r over the tiles that changed, taken as a constant. So a tile that changed little is pushed to stay as it is, one that
+    changed much, and has to be computed anyway, is let be, and making all changes smaller gains nothing: what the streaming
+    runner pays for is whether a tile changed. `sparsity_loss` is content with zeros wherever they stand. Edge tiles are
+    filled up with zeros. The gradient at a tile without change is zero.
     """
     if d.ndim != 5 or tile < 1:
         raise ValueError(f"tiles of {tile} pixels need D of shape [B, T, H, W, C], got {d.shape}")
@@ -93,7 +96,9 @@ def tile_sparsity_loss(d: Float[Array, "B T H W C"], fan_out: float, tile: int) 
     tiles = jnp.pad(d.astype(jnp.float32), padding).reshape(batch, time, rows, tile, columns, tile, channels)
     square = jnp.mean(tiles * tiles, axis=(3, 5, 6))
     changed = square > 0
-    return fan_out * jnp.mean(jnp.where(changed, jnp.sqrt(jnp.where(changed, square, 1)), 0))
+    size = jnp.where(changed, jnp.sqrt(jnp.where(changed, square, 1)), 0)
+    mean = jax.lax.stop_gradient(jnp.sum(size) / jnp.maximum(jnp.sum(changed), 1))
+    return fan_out * jnp.mean(jnp.where(changed, size / (size + mean), 0))
 
 
 def nonzeros(x: Float[Array, "..."]) -> Float[Array, ""]:

@@ -206,14 +206,21 @@ class Checkpoints:
             raise RunError(f"no checkpoint in {self.directory} can be read; {'; '.join(problems)}")
         return None
 
-    def restore_params(self, step: int, abstract: Any) -> Any:
-        """Parameters only, for inference.
+    def restore_model(self, step: int, params: Any, stats: Any) -> tuple[Any, Any]:
+        """Parameters and running statistics only; the arguments are as those of `restore`'s `abstract`.
 
         Raises:
           RunError: the checkpoint cannot be read.
         """
         with self._reading(step):
-            return self._read(step, "params", ocp.args.StandardRestore(abstract))
+            params = self._read(step, "params", ocp.args.StandardRestore(params))
+            if not jax.tree.leaves(stats):
+                return params, stats
+            wanted = {"stats": stats}
+            how = ocp.checkpoint_utils.construct_restore_args(wanted)
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+            handler = ocp.PyTreeCheckpointHandler()
+            return params, handler.restore(self.directory / str(step) / "rest", args=arguments)["stats"]
 
     def progress(self, step: int) -> dict:
         """What `save` was given as progress, and `config`, all JSON.
@@ -283,8 +290,3 @@ def _one_line(error: BaseException) -> str:
     if system:
         return system.group(1).strip()
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
-
-
-def abstract_like(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
-    """`shapes` with one sharding for every array, as `restore_params` takes them."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

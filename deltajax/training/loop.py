@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -20,10 +19,9 @@ from deltajax import data
 from deltajax.data.selection import SelectedBatches, UnrankableLoss, check_policy
 from deltajax.errors import RunError
 from deltajax.hard_batches import ExamplePolicy
-from deltajax.interop import vision
 from deltajax.layers.param import count_params
-from deltajax.models import frames, registry
-from deltajax.training import activation_log, distributed, metrics, optimizer, sampling, serialize, watch
+from deltajax.models import registry
+from deltajax.training import activation_log, distributed, metrics, optimizer, pretrained, sampling, serialize, watch
 from deltajax.training import mesh as mesh_lib
 from deltajax.training.attendance import Attendance, is_of_runtime
 from deltajax.training.checkpoint import Checkpoints, lock
@@ -137,7 +135,7 @@ class Run:
         else:
             self.state = step.init(config.seed)
             if config.init_from:
-                self.state = _begin_from(Path(config.init_from), self.state, config.model)
+                self.state = pretrained.begin_from(Path(config.init_from), self.state, config.model)
             parameters = f"{count_params(step.abstract.params):,} parameters"
             if config.optimizer.trainable:
                 parameters += f" (training those of {', '.join(config.optimizer.trainable)})"
@@ -329,50 +327,6 @@ class Run:
     def _identities(self) -> dict[str, str]:
         tokenizer = self.dataset.tokenizer
         return {"tokenizer": tokenizer.identity if tokenizer else "", "corpus": self.dataset.fingerprint}
-
-
-def _begin_from(path: Path, state: TrainState, model: Any) -> TrainState:
-    """`state` with parameters and statistics from elsewhere where paths and shapes agree: see `TrainConfig.init_from`."""
-    if path.suffix == ".safetensors":
-        within = "network" if isinstance(model, frames.Config) else ""
-        found = vision.load(path, model.network if within else model, new_head=jax.random.key(0))
-        old_params, old_stats = ({within: tree} if within else tree for tree in found)
-        (old_params[within] if within else old_params).pop("head")
-        origin = str(path)
-    else:
-        old_params, old_stats, origin = _last_of(path)
-    taken = 0
-
-    def merge(new: Any, old: Any) -> Any:
-        nonlocal taken
-        before = dict(jax.tree.leaves_with_path(old))
-
-        def pick(path, leaf):
-            nonlocal taken
-            found = before.get(path)
-            if found is None or found.shape != leaf.shape:
-                return leaf
-            taken += leaf.size
-            return jax.device_put(found, leaf.sharding)
-
-        return jax.tree_util.tree_map_with_path(pick, new)
-
-    params = merge(state.params, old_params)
-    if not taken:
-        raise ValueError(f"init_from: no parameter of {str(path)!r} has a name and shape of this model's")
-    print(f"{taken:,} parameters from {origin}")
-    return dataclasses.replace(state, params=params, stats=merge(state.stats, old_stats))
-
-
-def _last_of(workdir: Path) -> tuple[Any, Any, str]:
-    """Parameters and statistics of a run's last checkpoint, and how to call it."""
-    if not workdir.is_dir():
-        raise FileNotFoundError(f"init_from: {str(workdir)!r} does not exist")
-    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        stored = serialize.from_json(checkpoints.progress(checkpoints.steps()[-1])["config"])
-        restored = checkpoints.restore(make_step(stored).abstract, stored)
-    assert restored is not None  # a folder without checkpoints has raised
-    return restored[1].params, restored[1].stats, f"step {restored[0]} of {workdir}"
 
 
 def check_fits(config: TrainConfig, dataset: data.Dataset) -> None:

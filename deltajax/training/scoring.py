@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from deltajax import data
-from deltajax.training import loop, serialize
-from deltajax.training.checkpoint import Checkpoints
+from deltajax.training import loop, pretrained
 
 
 def write(workdirs: Sequence[Path], output: Path) -> None:
@@ -40,14 +39,12 @@ def write(workdirs: Sequence[Path], output: Path) -> None:
 
 def losses(workdir: Path) -> tuple[Float[np.ndarray, "examples"], str]:
     """Loss of every example of the whole training set, NaN where the run was trained on it; the data's fingerprint."""
-    checkpoints = Checkpoints(workdir, read_only=True)
-    config = serialize.from_json(checkpoints.progress(checkpoints.steps()[-1])["config"])
+    trained = pretrained.load(workdir)
+    config = trained.config
     half = getattr(config.data, "half", "all")
     whole = dataclasses.replace(config.data, half="all") if hasattr(config.data, "half") else config.data
-    step = loop.make_step(config)
-    restored = checkpoints.restore(step.abstract, config)
-    assert restored is not None  # read-only checkpoints exist, or opening them has failed
-    state, dataset = restored[1], data.load(whole)
+    step, dataset = loop.make_step(config), data.load(whole)
+    params, stats = jax.device_put((trained.params, trained.stats), (step.shardings.params, step.shardings.stats))
     scores = np.full(len(dataset.train), np.nan, np.float32)
     if half == "all":
         return scores, dataset.fingerprint
@@ -57,5 +54,5 @@ def losses(workdir: Path) -> tuple[Float[np.ndarray, "examples"], str]:
         chosen = unseen[first : first + size]
         rows: list[Any] = [dataset.train[i] for i in np.resize(chosen, size)]  # repeated to fill the last batch
         batch = step.put({name: np.stack([row[name] for row in rows]) for name in rows[0]})
-        scores[chosen] = jax.device_get(step.score(state.params, state.stats, batch))[: len(chosen)]
+        scores[chosen] = jax.device_get(step.score(params, stats, batch))[: len(chosen)]
     return scores, dataset.fingerprint

@@ -98,6 +98,7 @@ def test_penalties(model):
                 side = 8 * o.shape[2] // 24
                 tiles = d.reshape(2, 3, o.shape[2] // side, side, o.shape[3] // side, side, -1)
                 of = np.sqrt((tiles**2).mean(axis=(3, 5, 6)))
+                of = np.stack([clip / (clip + clip[clip > 0].mean()) for clip in of])
             else:
                 of = np.abs(d if penalty == "temporal" else o)
             want += FAN_OUT[place] * of.mean()

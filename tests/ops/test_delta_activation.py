@@ -100,6 +100,11 @@ def test_delta_inference_equals_quantised_inference():
         np.testing.assert_allclose(np.cumsum(np.concatenate(parts, axis=1), axis=1), want, atol=1e-12)
 
 
+def smooth_count(tiles):
+    tiles = np.asarray(tiles)
+    return np.mean(tiles / (tiles + tiles[tiles > 0].mean()))
+
+
 def test_penalties_and_metrics_against_loops():
     d = np.round(draw() * 0.4)
     tile, tiles, changed = 4, [], 0
@@ -107,11 +112,17 @@ def test_penalties_and_metrics_against_loops():
         block = d[b, t, i : i + tile, j : j + tile]
         tiles.append(np.sqrt((block**2).sum() / (tile * tile * 3)))
         changed += block.any()
-    assert float(ops.tile_sparsity_loss(d, 7.0, tile)) == pytest.approx(7 * np.mean(tiles), rel=1e-5)
+    assert float(ops.tile_sparsity_loss(d, 7.0, tile)) == pytest.approx(7 * smooth_count(tiles), rel=1e-5)
     assert float(ops.changed_tiles(d, tile)) == pytest.approx(changed / len(tiles))
     assert float(ops.sparsity_loss(d, 7.0)) == pytest.approx(7 * np.abs(d).mean(), rel=1e-5)
+    assert float(ops.tile_sparsity_loss(d * 1e-3, 7.0, tile)) == pytest.approx(7 * smooth_count(tiles), rel=1e-5)
+    assert ops.tile_sparsity_loss(0 * d, 7.0, tile) == 0
     gradient = jax.grad(lambda d: ops.tile_sparsity_loss(d, 1.0, tile))(jnp.asarray(d).at[:, :, :4, :4].set(0))
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[:, :, :4, :4].any()
+    # What is left of a tile is pushed away harder than a part of one that changed much.
+    d = jnp.zeros((1, 1, 4, 8, 1)).at[0, 0, :, :4].set(1.0).at[0, 0, 0, 4].set(0.1)
+    gradient = jax.grad(lambda d: ops.tile_sparsity_loss(d, 1.0, 4))(d)[0, 0, 0, :, 0]
+    assert gradient[4] > 10 * gradient[0] > 0
 
 
 def test_operation_sparsity_is_the_share_of_products_with_a_zero():

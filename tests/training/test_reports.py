@@ -6,7 +6,7 @@ import pytest
 
 from deltajax import report
 from deltajax.training import reports
-from deltajax.training.reports import Claim, Curves, Table
+from deltajax.training.reports import Claim, Curves, Table, Tradeoff
 from deltajax.training.sweeps import COLUMNS
 
 
@@ -109,11 +109,44 @@ def test_curves_are_medians_with_their_range(rows, monkeypatch, tmp_path):
 
     monkeypatch.setattr(reports.plt.Axes, "plot", record)
     figure = Curves("f", "", "position", "accuracy", ["mixer"], where={"set": "length_8"}, labels={"delta": "DeltaNet"})
-    reports.draw(figure, rows, tmp_path / "f.png")
+    figure.draw(rows)
     assert drawn == {
         "DeltaNet": ([1.0, 2.0, 4.0], [0.95, 0.475, 0.2375]),
         "linear": ([1.0, 2.0, 4.0], [0.3, 0.15, 0.075]),
     }
+
+
+def test_tradeoffs_join_the_medians_of_a_setting(rows):
+    """A point a run that has both metrics, whatever other runs there are."""
+    more = [
+        {**row, "metric": "saved", "value": str(int(row["seed"]) / 10)}
+        for row in rows
+        if row["set"] == "validation" and row["step"] == "10" and (row["mixer"], row["seed"]) != ("linear", "2")
+    ]
+    figure = Tradeoff(
+        "f",
+        "",
+        {"saved": "what is saved"},
+        "accuracy",
+        {"all": {}, "none": {"seed": 7}},
+        "mixer",
+        ("best", {"mixer": "delta"}),
+    )
+    drawing = figure.draw([*rows, *more])
+    (axis,) = drawing.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+    assert lines["all"] == [[0.05, 0.375], [0.1, 0.95]]
+    assert sorted(axis.collections[0].get_offsets().tolist()) == [
+        [0, 0.5],
+        [0, 0.9],
+        [0.1, 0.25],
+        [0.1, 1],
+        [0.2, 0.95],
+    ]
+    assert axis.get_xlabel() == "what is saved" and "none" not in lines
+    assert set(lines["best"][0]) == {0, 0.95}
+    assert figure.draw(rows) is None
+    reports.plt.close(drawing)
 
 
 def test_pictures_and_further_tables(tmp_path, rows):

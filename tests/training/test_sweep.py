@@ -5,16 +5,13 @@ import csv
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from training_runs import HERE, ROOT
 
 from deltajax import data, sweep
-from deltajax.layers.param import abstract_params
 from deltajax.models import lm
-from deltajax.training import metrics, sweeps
-from deltajax.training.checkpoint import Checkpoints, abstract_like
+from deltajax.training import metrics, pretrained, sweeps
 from deltajax.training.config import default_workdir, load_config
 
 FILE = str(HERE / "tiny_sweep.py")
@@ -60,13 +57,11 @@ def test_table_of_a_sweep_whose_second_member_fails(swept):
 def test_scores_by_position_are_those_of_the_model(swept):
     workdir = swept[1] / "group=S3,learning_rate=0.01"
     config = load_config(FILE)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = Checkpoints(workdir, read_only=True).restore_params(
-        4, abstract_like(abstract_params(lm.param_specs(config.model)), device)
-    )
+    found = pretrained.load(workdir)
+    assert found.step == 4
     source = data.load(config.data).evaluations["length_11"]
     tokens, targets = (np.stack([source[i][key] for i in range(10)]) for key in ("tokens", "targets"))
-    logits, _ = lm.apply(params, config.model, tokens)
+    logits, _ = lm.apply(found.params, config.model, tokens)
     right = np.mean(np.argmax(logits, -1) == targets, axis=0)
     rows = read(workdir / metrics.POSITIONS)
     assert [(row["set"], int(row["position"]), float(row["weight"])) for row in rows] == [

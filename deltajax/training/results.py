@@ -1,0 +1,80 @@
+"""The tidy tables that sweeps write: reading, choosing and grouping their rows, and how settings are named."""
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, str]
+Where = Mapping[str, Any]  # column -> value, or several allowed ones
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a sweep's table."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def select(rows: Iterable[Row], where: Where) -> list[Row]:
+    """Complete rows whose columns have one of the allowed values, compared as numbers where both are.
+
+    `step="last"` keeps the last step of each member; a column that `where` does not name may be anything, but rows of
+    single positions are only selected by naming "position".
+    """
+    where = {"position": ""} | dict(where)
+    chosen = []
+    last = where.pop("step", None) == "last"
+    for row in rows:
+        if row["status"] == "complete" and all(_matches(row.get(k, ""), allowed) for k, allowed in where.items()):
+            chosen.append(row)
+    if last:
+        final: dict[tuple, int] = {}
+        for row in chosen:
+            final[member(row)] = max(final.get(member(row), 0), int(row["step"]))
+        chosen = [row for row in chosen if int(row["step"]) == final[member(row)]]
+    return chosen
+
+
+ANY = object()  # in `where`: whatever is not empty
+
+
+def _matches(value: str, allowed: Any) -> bool:
+    if allowed is ANY:
+        return value != ""
+    if isinstance(allowed, list | tuple | set):
+        return any(_matches(value, one) for one in allowed)
+    try:
+        return float(value) == float(allowed)
+    except ValueError:
+        return value == str(allowed)
+
+
+_NOT_SETTINGS = ("status", "step", "set", "position", "metric", "value")
+
+
+def member(row: Row) -> tuple[str, ...]:
+    """What tells a member of a sweep from the others."""
+    return tuple(v for k, v in row.items() if k not in _NOT_SETTINGS)
+
+
+def group(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[str, ...], list[float]]:
+    """Values by the columns' values, in the order of the table."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(c, "") for c in columns), []).append(float(row["value"]))
+    return groups
+
+
+def name_of(columns: Sequence[str], values: Sequence[str], labels: Mapping[str, str]) -> str:
+    """Such as "R = 2, beta_max = 1" for numbers and "S5, attention" for words; `labels` may say otherwise."""
+    parts = []
+    for column, value in zip(columns, values, strict=True):
+        if value in labels:
+            parts.append(labels[value])
+        elif re.fullmatch(r"-?\d+(\.\d*)?(e[-+]?\d+)?", value):
+            number = float(value)
+            parts.append(f"{labels.get(column, column)} = {number:g}")
+        else:
+            parts.append(value)
+    return ", ".join(parts)
