@@ -6,8 +6,8 @@
 
 The kernels of a gradient (B1 T8192, bfloat16) go through Mosaic GPU, LLVM and ptxas to code for sm_90a. The compiler asks a
 driver for nothing but the device's compute capability: a stub, built with `cc`, answers. "issue cycles" are the stall
-counts that ptxas wrote into the instructions, added up: over one pass through the code, for the scans over one block of
-rows (their loop). It is the least that the instructions of a warp take to issue: no wait for memory, barriers or
+counts that ptxas wrote into the instructions, added up: over one pass through the code (its loops once), for the scans over
+one block of rows (their loop). It is the least that the instructions of a warp take to issue: no wait for memory, barriers or
 tensor cores is in it. These are facts about code, not times.
 """
 
@@ -28,6 +28,7 @@ from deltajax.ops import delta_product
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 SHAPES = (  # R, H, K = V, gate
     (1, 16, 128, "scalar"), (4, 16, 128, "none"), (1, 32, 64, "scalar"), (1, 8, 256, "scalar"), (1, 16, 128, "channel"),
+    (1, 8, 256, "channel"),
 )  # fmt: skip
 SHARED_BYTES, REGISTERS = 227 * 1024, 65536  # of an SM
 

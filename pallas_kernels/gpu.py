@@ -36,11 +36,13 @@ class Blocks:
 
     columns: of the state (of V) that one CTA of the scans holds: 32 or 64. Fewer make more CTAs, each of which reads the keys.
     stages: blocks of rows that a scan has in shared memory, 2 or more; the others than the current one are on their way.
+    late_stages: of what a block needs last: as many, or 1, which then arrives while the block begins.
     output_columns: of O that one CTA of `outputs` computes: 64 or 128.
     """
 
     columns: int
     stages: int
+    late_stages: int
     output_columns: int
 
     def __post_init__(self):
@@ -48,21 +50,30 @@ class Blocks:
         for name, allowed in (("columns", (32, 64)), ("stages", (2, 3, 4)), ("output_columns", (64, 128))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)}")
+        if self.late_stages not in (1, self.stages):
+            raise ValueError(f"late_stages must be 1 or stages = {self.stages}, got {self.late_stages}")
+
+    def of_scan(self) -> dict[str, int]:
+        """What `gpu_forward.scan` takes."""
+        return {name: getattr(self, name) for name in ("columns", "stages", "late_stages")}
 
     @classmethod
-    def for_shape(cls, batch: int, value_heads: int, key_dim: int, value_dim: int) -> "Blocks":
-        """The scans' CTAs fill 132 SMs if they can; where they do, two share an SM, each waiting while the other computes."""
+    def for_shape(cls, batch: int, value_heads: int, key_dim: int, value_dim: int, channels: bool) -> "Blocks":
+        """The scans' CTAs fill 132 SMs if they can; where they do, two share an SM, each waiting while the other computes.
+
+        With channel gates a scan holds two arrays of keys, so two stages; at K = 256 only one place for the second fits.
+        """
         columns = 64 if key_dim == 64 and batch * value_heads * value_dim // 64 >= 132 else 32
         many = batch * value_heads * value_dim // columns > 132
-        return cls(columns, 2 if many or key_dim == 256 else 3, min(128, value_dim))
+        stages = 2 if many or channels or key_dim == 256 else 3
+        return cls(columns, stages, 1 if channels and key_dim == 256 else stages, min(128, value_dim))
 
 
 def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """Delta product; arguments as `IMPLEMENTATIONS` in `deltajax.ops.delta_rule.api` says.
 
     Raises:
-      NotImplementedError: not a Hopper GPU, inputs other than bfloat16, a state other than float32, K or V over 256, K over 128
-        with channel gates.
+      NotImplementedError: not a Hopper GPU, inputs other than bfloat16, a state other than float32, K or V over 256.
     """
     batch, length, steps, heads, value_dim = v.shape
     key_dim = q.shape[-1]
@@ -71,8 +82,6 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     if initial_state.dtype != jnp.float32:
         raise NotImplementedError(f"the state must be float32, got {initial_state.dtype}")
     channels = g is not None and g.ndim == q.ndim
-    if channels and key_dim > 128:
-        raise NotImplementedError(f"channel gates (g of shape [B, T, HV, K]) need K of at most 128, got {key_dim}")
     if max(key_dim, value_dim) > SIZES[-1]:
         raise NotImplementedError(f"K and V must be at most {SIZES[-1]}, got {key_dim} and {value_dim}")
     _check_device()
@@ -99,7 +108,8 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     q, k, v = pad(q, key_pad), merged(pad(k, key_pad)), merged(pad(v, value_pad))
     state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, key_pad), (0, value_pad)))
     constant = scale if isinstance(scale, int | float) else 1.0
-    cut = {"scale": constant, "blocks": Blocks.for_shape(batch, heads, key_dim + key_pad, value_dim + value_pad)}
+    blocks = Blocks.for_shape(batch, heads, key_dim + key_pad, value_dim + value_pad, channels)
+    cut = {"scale": constant, "blocks": blocks}
     if g is not None:
         g = jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
         # A row carries its token's gate if it is the token's first row, so that every decay is a sum of gates over rows.
@@ -153,7 +163,7 @@ def _run(q, k, v, operands, state, scale, blocks):
 def _run_forward(q, k, v, operands, state, scale, blocks):
     rows, weights, tokens = operands
     inverses = gpu_forward.inverses(k, rows)
-    cut = {"columns": blocks.columns, "stages": blocks.stages}
+    cut = blocks.of_scan()
     v_new, states, last = gpu_forward.scan(k, v, inverses, weights, state, **cut, reverse=False)
     o = gpu_forward.outputs(q, k, v_new, states, tokens, scale=scale, columns=blocks.output_columns)
     return (o, last), (q, k, v, operands, inverses, v_new, states)
@@ -167,7 +177,7 @@ def _run_backward(scale, blocks, residuals, cotangents):
     )
     w_in, _, w_out, total = jnp.moveaxis(weights, -2, 0)
     reverse_weights = jnp.stack([jnp.ones_like(w_in), w_out, weights[..., 1, :], total], axis=-2)
-    cut = {"columns": blocks.columns, "stages": blocks.stages}
+    cut = blocks.of_scan()
     dsolved, dstates, dstate = gpu_forward.scan(
         k, dv_new, inverses, reverse_weights, dlast, **cut, reverse=True, extra=dstarts
     )

@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu_forward
@@ -22,11 +23,13 @@ from pallas_kernels.gpu_common import (
     bf16,
     call,
     f32,
+    load,
     products,
     row_and_column,
     rows_of,
     square,
     transposed,
+    unknown_zero,
     writer,
 )
 
@@ -105,7 +108,7 @@ def _weights(*kinds):
 def _run_forward(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
     inverses = _inverses(a, beta)
     weights = _weights(beta, -beta, jnp.ones_like(beta), jnp.ones_like(beta))
-    cut = {"columns": blocks.columns, "stages": 2, "k_out": k_end, "totals": totals}
+    cut = {**blocks.of_scan(), "k_out": k_end, "totals": totals}
     v_new, states, last = gpu_forward.scan(k_start, v, inverses, weights, state, **cut, reverse=False)
     o = _outputs(q_start, p, v_new, states, scale, blocks.output_columns)
     return (o, last), (q_start, k_start, k_end, v, beta, a, p, totals, inverses, v_new, states)
@@ -116,7 +119,7 @@ def _run_backward(scale, blocks, residuals, cotangents):
     do, dlast = cotangents
     dq, dp, dv_new, dstarts = _outputs_backward(q_start, p, v_new, states, do, scale)
     weights = _weights(jnp.ones_like(beta), jnp.ones_like(beta), -beta, jnp.ones_like(beta))
-    cut = {"columns": blocks.columns, "stages": 2, "k_out": k_start, "totals": totals}
+    cut = {**blocks.of_scan(), "k_out": k_start, "totals": totals}
     dsolved, dstates, dstate = gpu_forward.scan(
         k_end, dv_new, inverses, weights, dlast, **cut, reverse=True, extra=dstarts
     )
@@ -134,7 +137,7 @@ def _inverses(a, beta):
     def body(cta, inputs, outputs, *work):
         b, block, h = cta
         i, j = row_and_column()
-        exact = jnp.where(i > j, along_rows(inputs[1][b, block, h]) * inputs[0][b, block, h], 0.0)
+        exact = jnp.where(i > j, along_rows(load(inputs[1].at[b, block, h])) * load(inputs[0].at[b, block, h]), 0.0)
         gpu_forward.put_inverse(exact, outputs[0].at[b, block, h], *work)
 
     shape = (batch, blocks, heads, ROWS, 2 * ROWS)
@@ -265,7 +268,9 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
     """Cotangents of k_start, k_end, v, a (float32), beta and totals, from the two scans as `gpu_backward.rows_backward`."""
     batch, blocks, heads, key_dim, value_dim = states.shape
 
-    def body(cta, inputs, outputs, k, v, v_new, dsolved, dstate, stage, first, later):
+    def body(cta, inputs, outputs, *scratch):
+        *arrays, stage, first, later = scratch
+        k, v, v_new, dsolved, dstate = (x.at[0] for x in arrays)
         b, block, h = cta
         for ref, smem in zip(inputs[:4], (k, v, v_new, dsolved), strict=True):
             plgpu.copy_gmem_to_smem(ref.at[b, rows_of(block), h], smem, first)
@@ -277,9 +282,9 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
         write = writer(stage.at[0], stage.at[1])
         plgpu.barrier_wait(first)
         i, j = row_and_column()
-        beta = along_rows(inputs[7][b, block, h])
+        beta = along_rows(load(inputs[7].at[b, block, h]))
         da = jnp.where(i > j, -products((dsolved, transposed(v_new))), 0.0)
-        dbeta = jnp.sum(da * inputs[6][b, block, h], axis=1)
+        dbeta = jnp.sum(da * load(inputs[6].at[b, block, h]), axis=1)
         outputs[3][b, block, h] = beta * da
         for part in range(value_dim // ROWS):
             here = rows_of(part)
@@ -288,18 +293,26 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
             write(beta * dx, outputs[2].at[b, rows_of(block), h, here])
         plgpu.commit_smem()  # all warps have left v
         fetch(0)
-        for part in range(key_dim // ROWS):
+
+        def one_part(part, dbeta):
             here = rows_of(part)
             plgpu.barrier_wait(later)
+            k, v, v_new, dsolved, dstate = (x.at[unknown_zero()] for x in arrays)
             to_state, to_end = products((dsolved, transposed(v))), products((v_new, transposed(dstate)))
             dbeta -= jnp.sum(k[:, here].astype(f32) * to_state, axis=1)
             totals = jnp.sum(v[...].astype(f32) * dstate[...].astype(f32), axis=1)
             outputs[5][b, block, h, here] = totals
             plgpu.commit_smem()  # all warps have left the states
-            if part + 1 < key_dim // ROWS:
+
+            @pl.when(part + 1 < key_dim // ROWS)
+            def _():
                 fetch(part + 1)
+
             write(-beta * to_state, outputs[0].at[b, rows_of(block), h, here])
             write(to_end, outputs[1].at[b, rows_of(block), h, here])
+            return dbeta
+
+        dbeta = jax.lax.fori_loop(jnp.int32(0), jnp.int32(key_dim // ROWS), one_part, dbeta)
         outputs[4][b, block, h] = dbeta
         plgpu.wait_smem_to_gmem(0)
 
@@ -317,8 +330,8 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
         ],
         {"batch": batch, "block": blocks, "head": heads},
         [
-            plgpu.SMEM((ROWS, key_dim), bf16),
-            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(4)),
+            plgpu.SMEM((1, ROWS, key_dim), bf16),
+            *(plgpu.SMEM((1, ROWS, value_dim), bf16) for _ in range(4)),
             square(2),
             plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=2),

@@ -40,6 +40,16 @@ def rows_of(index, count=ROWS):
     return pl.ds(index * count, count)
 
 
+def unknown_zero():
+    """An index 0 that the compiler does not know: what follows from a known one, addresses for every wgmma, fills registers."""
+    return jax.lax.optimization_barrier(jnp.int32(0))
+
+
+def load(ref):
+    """From global memory to registers; jax 0.11 has no "optimized" way."""
+    return plgpu.load(ref, optimized=False)
+
+
 def square(*shape, dtype=bf16):
     return plgpu.SMEM((*shape, ROWS, ROWS), dtype)
 

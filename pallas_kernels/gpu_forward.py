@@ -14,6 +14,7 @@ from pallas_kernels.gpu_common import (
     call,
     decays_between,
     f32,
+    load,
     parts_of,
     products,
     put_parts,
@@ -22,6 +23,7 @@ from pallas_kernels.gpu_common import (
     rows_of,
     square,
     transposed,
+    unknown_zero,
 )
 
 
@@ -98,7 +100,7 @@ def _a(k, rows, mask, parts):
     return jnp.where(i > j, a, 0.0)
 
 
-def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None, k_out=None, totals=None):
+def scan(k, x, inverses, weights, state, *, columns, stages, late_stages, reverse, extra=None, k_out=None, totals=None):
     """The recurrence over blocks, forwards or in reverse, for some columns of the state in each CTA.
 
     Per block, with S the state in float32 and w_in, w_state, w_out the weights of its rows::
@@ -108,7 +110,8 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
 
     k [B, T R, H, K], x [B, T R, HV, V], inverses as `inverses` gives them, weights [B, S, HV, 4, 64]: w_in,
     w_state, w_out and total; state [B, HV, K, V] in float32, extra [B, C, HV, K, V]. With channel gates k_out as k, and totals
-    [B, S, HV, K] in place of total; else K_out is K.
+    [B, S, HV, K] in place of total; else K_out is K. What a block needs last, extra and k_out, has late_stages places: as many as
+    the rest, or one, and then it is fetched when its block begins.
 
     Returns y [B, T R, HV, V], the states before each block (in reverse: after it) [B, S, HV, K, V], both in bfloat16, and
     the last state.
@@ -118,13 +121,15 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
     group = heads // k.shape[2]
     steps = blocks // extra.shape[1] if reverse else 1
     stages = min(stages, blocks)
+    late_stages = min(late_stages, stages)
     channels = totals is not None
+    late = reverse + channels if late_stages < stages else 0  # copies with a barrier of their own
     inputs = (k, x, inverses, weights, state) + (extra,) * reverse + (k_out, totals) * channels
 
     def body(cta, inputs, outputs, k, x, inverses, weights, parts, stored, work, y, arrived, *optional):
         b, h, v = cta
         extra: Any = optional[0] if reverse else None
-        k_out, totals = (optional[-2], optional[-1]) if channels else (k, extra)
+        k_out, totals = optional[reverse : reverse + 2] if channels else (k, extra)
         where = pl.ds(v * columns, columns)
 
         def put_beside(ref, x):
@@ -145,17 +150,23 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
             plgpu.copy_gmem_to_smem(inputs[1].at[b, rows_of(block), h, where], x.at[slot], barrier)
             plgpu.copy_gmem_to_smem(inputs[2].at[b, block, h], inverses.at[slot], barrier)
             plgpu.copy_gmem_to_smem(inputs[3].at[b, block, h], weights.at[slot], barrier)
+            if channels:
+                plgpu.copy_gmem_to_smem(inputs[-1].at[b, block, h], totals.at[slot], barrier)
+            if not late:
+                fetch_late(block, slot, barrier)
+
+        def fetch_late(block, slot, barrier):
             if reverse:
                 plgpu.copy_gmem_to_smem(inputs[5].at[b, block // steps, h, :, where], extra.at[slot], barrier)
             if channels:
                 plgpu.copy_gmem_to_smem(inputs[-2].at[b, rows_of(block), h // group], k_out.at[slot], barrier)
-                plgpu.copy_gmem_to_smem(inputs[-1].at[b, block, h], totals.at[slot], barrier)
 
         for n in range(stages - 1):
             fetch(jnp.int32(n))
 
         def one_block(n, state):
             block, slot = block_of(n), jax.lax.rem(n, jnp.int32(stages))
+            late_slot = unknown_zero() if late else slot
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             put_beside(parts, state)
             stored[...] = state.astype(bf16)
@@ -166,6 +177,8 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
             def _():
                 fetch(n + stages - 1)
 
+            if late:
+                fetch_late(block, late_slot, optional[-1])
             plgpu.barrier_wait(arrived.at[slot])
             keys, inverse = k.at[slot], inverses.at[slot]
             w_in, w_state, w_out = (along_rows(weights[slot, kind], columns) for kind in range(3))
@@ -181,13 +194,15 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y, outputs[0].at[b, rows_of(block), h, where])
             total = along_rows(totals[slot], columns) if channels else weights[slot, 3, 0]
-            state = total * state + folded((transposed(k_out.at[slot]), work))
+            if late:
+                plgpu.barrier_wait(optional[-1])
+            state = total * state + folded((transposed(k_out.at[late_slot if channels else slot]), work))
             if reverse:
-                state += jnp.where(jax.lax.rem(block, jnp.int32(steps)) == 0, 1.0, 0.0) * extra[slot].astype(f32)
+                state += jnp.where(jax.lax.rem(block, jnp.int32(steps)) == 0, 1.0, 0.0) * extra[late_slot].astype(f32)
             return state
 
         outputs[2][b, h, :, where] = jax.lax.fori_loop(
-            jnp.int32(0), jnp.int32(blocks), one_block, inputs[4][b, h, :, where]
+            jnp.int32(0), jnp.int32(blocks), one_block, load(inputs[4].at[b, h, :, where])
         )
         plgpu.wait_smem_to_gmem(0)
 
@@ -206,9 +221,10 @@ def scan(k, x, inverses, weights, state, *, columns, stages, reverse, extra=None
             plgpu.SMEM((key_dim, columns), bf16),
             plgpu.SMEM((ROWS, 2 * columns), bf16),
             plgpu.SMEM((ROWS, columns), bf16),
-            plgpu.Barrier(num_arrivals=4 + reverse + 2 * channels, num_barriers=stages),
-            *[plgpu.SMEM((stages, key_dim, columns), bf16)] * reverse,
-            *[plgpu.SMEM((stages, ROWS, key_dim), bf16), plgpu.SMEM((stages, key_dim), f32)] * channels,
+            plgpu.Barrier(num_arrivals=4 + channels + (0 if late else reverse + channels), num_barriers=stages),
+            *[plgpu.SMEM((late_stages, key_dim, columns), bf16)] * reverse,
+            *[plgpu.SMEM((late_stages, ROWS, key_dim), bf16), plgpu.SMEM((stages, key_dim), f32)] * channels,
+            *([plgpu.Barrier(num_arrivals=late)] if late else []),
         ],
     )
 
