@@ -2,7 +2,7 @@
 
     python -m deltajax.sweep --config=experiments/motion.py --csv=docs/results/motion.csv
 
-Under a minute for each of the 3 seeds on 2 idle cores.
+Under a minute for each of the 6 runs on 2 idle cores.
 """
 
 from deltajax.data import moving_digits
@@ -12,9 +12,9 @@ from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Schedule
 STEPS = 200
 
 
-def get_config(seed: int = 0) -> TrainConfig:
-    """A network of 3 stages on frames of 32 x 32 pixels, two successive pictures each."""
-    data = moving_digits.Config(seed=seed)
+def get_config(seed: int = 0, flicker: float = 0.0) -> TrainConfig:
+    """A network of 3 stages on frames of 32 x 32 pixels, two successive pictures each; `flicker`: noise of a camera."""
+    data = moving_digits.Config(seed=seed, flicker=flicker)
     return TrainConfig(
         model=frames.Config(
             network=resnet.resnet_small(widths=(8, 16, 32), in_channels=data.stack, num_classes=6),
@@ -31,6 +31,6 @@ def get_config(seed: int = 0) -> TrainConfig:
     )
 
 
-def get_grid() -> list[dict[str, list]]:
-    """Three seeds."""
-    return [{"seed": [0, 1, 2]}]
+def get_grid() -> dict[str, list]:
+    """Three seeds, without and with a camera's noise."""
+    return {"flicker": [0.0, 0.03], "seed": [0, 1, 2]}

@@ -31,6 +31,7 @@ class Config:
       stack: successive pictures in one frame, its channels.
       speed: pixels, or twelfths of a right angle, from picture to picture.
       noise: standard deviation of noise, the same in all pictures of a clip: a background that stands still.
+      flicker: standard deviation of noise, anew in every picture, as of a camera's sensor.
       batch_size: clips per global batch.
       seed: of the clips of every split, and of their order.
       train_examples: size of the training set; None: never the same clip twice.
@@ -42,6 +43,7 @@ class Config:
     stack: int = 2
     speed: float = 1.5
     noise: float = 0.05
+    flicker: float = 0.0
     batch_size: int = 16
     seed: int = 0
     train_examples: int | None = None
@@ -54,8 +56,10 @@ class Config:
         check_integers(self, 24, "size")
         check_integers(self, 2, "frames")
         check_number(self, "speed", 0)
-        if type(self.noise) not in (int, float) or not 0 <= self.noise < 1:
-            raise ValueError(f"noise must be a number in [0, 1), got {self.noise!r}")
+        for name in ("noise", "flicker"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
         path = self.speed * (self.frames + self.stack - 2)
         if path > self.size - 16:
             raise ValueError(
@@ -90,6 +94,8 @@ def _clip(config: Config, digits: np.ndarray, rng: np.random.Generator) -> dict[
     digit = digits[rng.integers(len(digits))]
     pictures = motion(digit, MOTIONS[label], config.size, config.frames + config.stack - 1, config.speed, rng)
     pictures += config.noise * rng.standard_normal((config.size, config.size)).astype(np.float32)
+    if config.flicker:
+        pictures += config.flicker * rng.standard_normal(pictures.shape).astype(np.float32)
     stacked = np.stack([pictures[i : i + config.frames] for i in range(config.stack)], axis=-1)
     return {"frames": stacked, "targets": np.int32(label), "weights": np.float32(1)}
 

@@ -243,6 +243,13 @@ def test_moving_digits():
     np.testing.assert_array_equal(example["frames"], data.load(config).train[5]["frames"])
     assert not np.array_equal(dataset.train[5]["frames"], dataset.validation[5]["frames"])
     assert {int(dataset.train[i]["targets"]) for i in range(60)} == set(range(6))
+    still, restless = (data.load(moving_digits.Config(flicker=x)).train[5]["frames"] for x in (0.0, 0.1))
+    noise = (restless - still)[..., 0]
+    assert (
+        noise.std() == pytest.approx(0.1, rel=0.05) and abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1
+    )
+    with pytest.raises(ValueError, match="flicker must be a number in"):
+        moving_digits.Config(flicker=1)
     with pytest.raises(ValueError, match="for the digit to stay in the picture"):
         moving_digits.Config(frames=20)
     with pytest.raises(ValueError, match="noise must be a number in"):
