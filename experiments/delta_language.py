@@ -78,7 +78,7 @@ def get_report() -> Report:
             Tradeoff(
                 "tradeoff",
                 "Bits per byte against the share of products saved, a point a run; a line through the medians of the rates.",
-                {"temporal_sparsity": "operations of unchanged elements"},
+                {"temporal_sparsity": "share of operations: unchanged elements"},
                 "bits_per_byte",
                 {"before": {"rate": ""}, "refined": {"rate": ANY}},
                 "rate",

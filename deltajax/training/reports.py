@@ -152,8 +152,8 @@ def _cell(values: Sequence[float], table: Table) -> str:
 def _summary(values: Sequence[float], digits: int, better: str = "high") -> str:
     """The median, and from the worst to the best."""
     worst, best = sorted((min(values), max(values)), reverse=better == "low")
-    spread = f"{worst:.{digits}f} to {best:.{digits}f}, " if len(values) > 1 else ""
-    return f"{statistics.median(values):.{digits}f} ({spread}n={len(values)})"
+    spread = f"{worst:z.{digits}f} to {best:z.{digits}f}, " if len(values) > 1 else ""
+    return f"{statistics.median(values):z.{digits}f} ({spread}n={len(values)})"
 
 
 def told(docstring: str | None) -> str:
