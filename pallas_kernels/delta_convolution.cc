@@ -2,7 +2,7 @@
 //
 // Every map [H + margins, W + margins, C] stays in memory; the margins are zeros, so no window has a border. A map computes
 // the pixels of which a window holds a changed pixel, from whole inputs, writes them over the old ones and notes which of
-// them differ. Such pixels are collected into strips, wherever they lie: a strip's sums (12 pixels of 2 vectors of channels)
+// them differ (or, where that is known to stop nothing, all of them). Such pixels are collected into strips, wherever they lie: a strip's sums (12 pixels of 2 vectors of channels)
 // stand in registers while the window passes by. A pixel's sum is taken in one order (rows of the window, then columns and
 // channels), in whatever strip it stands: so a frame that is computed pixel by pixel equals one computed densely, bit for bit.
 //
@@ -30,6 +30,7 @@ using Words = deltajax::Vector<uint32_t>;
 constexpr int64_t kWidth = kLanes<float>;
 constexpr int kPixels = deltajax::kVectorBytes == 64 ? 12 : 5;  // of a strip: with 2 vectors each, what registers hold
 constexpr int64_t kChunk = 256;                                 // pixels of a task, at most
+constexpr int32_t kRest = 3;                                    // frames between comparisons that stop nothing
 
 enum Kind : int64_t { kInput, kConvolution, kMaxPool, kAdd, kConcat };
 enum Activation : int64_t { kNone, kRelu, kHardSwish, kHardSigmoid };
@@ -125,10 +126,20 @@ Floats activate(int64_t activation, const Floats& x) {
   return activation == kHardSwish ? x * gate / 6.f : gate / 6.f;
 }
 
+bool any(const Words& x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bits<__m512i>(x), bits<__m512i>(x)) != 0;
+#endif
+  uint64_t parts[sizeof(x) / 8], all = 0;
+  std::memcpy(parts, &x, sizeof(x));
+  for (uint64_t part : parts) all |= part;
+  return all != 0;
+}
+
 // What a map does last, and its old numbers: numbers [c, c + n) of one pixel, which begins at `to`.
 struct Ending {
   const Node& node;
-  bool compare;
+  bool compare, mark_all;  // mark_all: every pixel counts as changed, uncompared
 
   // Of a pixel.
   const float* steps(int32_t place) const {
@@ -153,17 +164,11 @@ struct Ending {
     store(to, y, n);
     return compare ? bits<Words>(old) ^ bits<Words>(load(to, n)) : Words{};
   }
-};
 
-bool any(const Words& x) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask(bits<__m512i>(x), bits<__m512i>(x)) != 0;
-#endif
-  uint64_t parts[sizeof(x) / 8], all = 0;
-  std::memcpy(parts, &x, sizeof(x));
-  for (uint64_t part : parts) all |= part;
-  return all != 0;
-}
+  void mark(int32_t place, const Words& differ) const {
+    node.mark(row_of(place), column_of(place), mark_all || any(differ));
+  }
+};
 
 // Pixels of a task: their places, and where the windows of a convolution's one or two sources and they themselves begin.
 struct Pixels {
@@ -235,7 +240,7 @@ void strip(const Block& block, const Pixels& pixels, int64_t from) {
       if (add) sums[p][v] += load(block.second.map + pixels.second[from + p] + block.channel + c, n);
       differ |= block.ending.write(to, block.channel + c, n, steps, sums[p][v]);
     }
-    block.ending.node.mark(row_of(place), column_of(place), any(differ));
+    block.ending.mark(place, differ);
   }
 }
 
@@ -332,8 +337,7 @@ void depthwise(const Block& block, const Pixels& pixels, int64_t from) {
       differ[p] |= block.ending.write(to, c, n, block.ending.steps(pixels.places[from + p]), sums[p]);
     }
   }
-  for (int p = 0; p < P; ++p)
-    block.ending.node.mark(row_of(pixels.places[from + p]), column_of(pixels.places[from + p]), any(differ[p]));
+  for (int p = 0; p < P; ++p) block.ending.mark(pixels.places[from + p], differ[p]);
 }
 
 template <std::size_t... P>
@@ -397,7 +401,7 @@ void combine(const std::vector<Node>& nodes, const Ending& ending, int32_t place
       differ |= ending.write(to, c, n, steps, value);
     }
   }
-  node.mark(y, x, any(differ));
+  ending.mark(place, differ);
 }
 
 // Row y of the input; `differ`: scratch, as many numbers as the row has. Returns how many pixels changed.
@@ -405,7 +409,7 @@ int64_t read_frame(const Node& node, const float* frame, bool compare, int64_t y
   const int64_t width = node.width, channels = node.channels, numbers = width * channels;
   const float *from = frame + y * numbers, *steps = node.step + y * node.step_apart;  // an input's steps are those of a row
   float* to = node.map + node.at(y, 0);
-  const Ending ending{node, compare};
+  const Ending ending{node, compare, false};
   Words all{};
   for (int64_t i = 0; i < numbers; i += kWidth) {
     const Words here = ending.write(to, i, numbers - i, node.step ? steps : nullptr, load(from + i, numbers - i));
@@ -493,7 +497,7 @@ int64_t bands_of(const Node& node) { return (node.height - 1) / rows_of_band(nod
 
 // How the memory that a frame is worked in is divided. No loop takes any other, so that none can fail midway.
 struct Layout {
-  int64_t list = 0, counts = 0, tasks = 0, bands = 0, band_bytes = 0, masks = 0, size = 0;  // where each part begins
+  int64_t rests = 0, list = 0, counts = 0, tasks = 0, bands = 0, band_bytes = 0, masks = 0, size = 0;  // where each begins
 
   explicit Layout(const std::vector<Node>& nodes) {
     int64_t pixels = 0, most_bands = 0, most_tasks = 0, bytes = 0, mask_bytes = 0;
@@ -508,7 +512,8 @@ struct Layout {
       mask_bytes += node.height * (node.width + 1) + 2;
     }
     band_bytes = bytes;
-    counts = rounded(pixels * sizeof(int32_t));
+    list = rounded(nodes.size() * sizeof(int32_t));
+    counts = list + rounded(pixels * sizeof(int32_t));
     tasks = counts + rounded(most_bands * sizeof(int64_t));
     bands = tasks + rounded(most_tasks * sizeof(Task));
     masks = bands + most_bands * band_bytes;
@@ -523,6 +528,7 @@ class Network {
   Network(std::vector<Node> nodes, const Layout& layout, uint8_t* memory, Team& team)
       : nodes_(std::move(nodes)),
         team_(team),
+        rests_(reinterpret_cast<int32_t*>(memory + layout.rests)),
         list_(reinterpret_cast<int32_t*>(memory + layout.list)),
         counts_(reinterpret_cast<int64_t*>(memory + layout.counts)),
         tasks_(reinterpret_cast<Task*>(memory + layout.tasks)),
@@ -540,7 +546,7 @@ class Network {
   void run(const float* frame, bool started, int32_t* counts) {
     for (std::size_t i = 0; i < nodes_.size(); ++i) {
       Node& node = nodes_[i];
-      const int64_t count = node.kind == kInput ? input(node, frame, started) : compute(node, started);
+      const int64_t count = node.kind == kInput ? input(node, frame, started) : compute(node, started, rests_[i]);
       counts[i] = started ? static_cast<int32_t>(count) : -1;
     }
   }
@@ -573,8 +579,9 @@ class Network {
     return count;
   }
 
-  int64_t compute(Node& node, bool started) {
+  int64_t compute(Node& node, bool started, int32_t& rest) {
     node.any = false;
+    if (!started) rest = 0;
     if (started && std::none_of(node.sources.begin(), node.sources.end(),
                                 [&](const Source& source) { return nodes_[source.node].any; }))
       return 0;
@@ -599,7 +606,10 @@ class Network {
     for (int64_t i = 0; i < bands; ++i) total += counts_[i];
     if (!total) return 0;
     const int64_t tasks = plan(node, total, bands, band);
-    const Ending ending{node, started};
+    // Where most is computed and nearly all of it differs, comparing costs more than it saves: what is computed counts as
+    // changed, which is always right, and only every so often it is looked whether it still is so.
+    const bool much = started && 4 * total > node.height * node.width, resting = much && rest > 0;
+    const Ending ending{node, started && !resting, resting};
     const bool dense = node.kind == kConvolution, by_channel = is_depthwise(nodes_, node);
     team_.run(tasks, [&](int64_t i) {
       const Task& task = tasks_[i];
@@ -615,6 +625,13 @@ class Network {
         convolve(nodes_, ending, pixels, task.from, task.to);
     });
     node.any = started;  // some may differ
+    if (resting) {
+      --rest;
+    } else if (much) {
+      int64_t differ = 0;
+      for (int64_t i = 0; i < node.height * node.width; ++i) differ += node.changed[i];
+      rest = 64 * (total - differ) < total ? kRest : 0;
+    }
     return total;
   }
 
@@ -663,6 +680,7 @@ class Network {
 
   std::vector<Node> nodes_;
   Team& team_;
+  int32_t* rests_;  // of every node: frames until it compares again; all else means nothing between frames
   int32_t* list_;
   int64_t* counts_;
   Task* tasks_;

@@ -7,7 +7,8 @@ through the network. Numbers are those of dense inference: nothing is accumulate
 
 Implementations, each one compiled program:
 - "native" (`native.py`): by a kernel in C++. A tile is one pixel, and the first frame, or any other, computed densely
-  gives the same numbers bit for bit.
+  gives the same numbers bit for bit. A map whose pixels nearly all differed counts what it computes as changed, uncompared,
+  for a few frames.
 - "xla" (`tiles.py`): where that kernel is not to be had.
 """
 
@@ -43,7 +44,7 @@ class State:
 
     Attributes:
       maps: every map [H + margins, W + margins, C] of the last frame; the margins are zeros.
-      memory: what the kernel works in, so that no frame needs more; what is in it means nothing.
+      memory: what the kernel works in, so that no frame needs more; what is in it changes no map.
       version: of the parameters that the maps are of; 0 before the first frame.
       identity: of the stream that made it.
     """

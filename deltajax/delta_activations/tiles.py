@@ -174,8 +174,9 @@ class Runner:
             # Otherwise every one of the updates below would compute all of it again for itself.
             new, unlike = jax.lax.optimization_barrier((new, jnp.any(new != old, axis=-1)))
             for g in range(block):
-                value = jax.lax.dynamic_update_slice(value, new[g], (top[g] + margin, left[g] + margin, 0))
-            return n + 1, value, jax.lax.dynamic_update_slice(differ, unlike, (n * block, 0, 0))
+                place = top[g] + margin, left[g] + margin, jnp.zeros_like(n)
+                value = jax.lax.dynamic_update_slice(value, new[g], place)
+            return n + 1, value, jax.lax.dynamic_update_slice_in_dim(differ, unlike, n * block, 0)
 
         start = (jnp.zeros((), jnp.int32), own[0], jnp.zeros((slots, rows, columns), bool))
         _, value, differ = jax.lax.while_loop(lambda carry: carry[0] * block < count, body, start)
@@ -189,7 +190,7 @@ def _gather(x: Array, top: Array, left: Array, size: tuple[int, int]) -> Array:
     """Rectangles [G, *size, C] of a map."""
 
     def one(i, j):
-        return jax.lax.dynamic_slice(x, (i, j, 0), (*size, x.shape[-1]))
+        return jax.lax.dynamic_slice(x, (i, j, jnp.zeros_like(i)), (*size, x.shape[-1]))
 
     return jax.vmap(one)(top, left)
 

@@ -303,3 +303,38 @@ def test_layout_of_new_parameters():
         want = graph.maps(graph.Graph(nodes), given, frame[None])
         for name in "ab":
             np.testing.assert_allclose(runner.map(state, name), want[name][0], atol=1e-6)
+
+
+def test_comparisons_that_stop_nothing_rest():
+    """For three frames a map whose every pixel differed counts all that it computes as changed; numbers are the same."""
+    nodes = (graph.Node("input", "input", 2), graph.Node("a", "conv", 2, (("input", POINT),)))
+    nodes += (graph.Node("b", "conv", 3, (("a", NEAR),)),)
+    rng = np.random.default_rng(10)
+    maps = {"input": {"step": jnp.float32(0.01)}, "b": conv(rng, 3, 2, 3, np.float32(0.25))}
+    maps["a"] = {"kernel": jnp.eye(2)[None, None], "bias": jnp.zeros(2), "step": jnp.float32(1)}
+    params = {"maps": maps, "head": {"weight": jnp.eye(3), "bias": jnp.zeros(3)}}
+    runner = stream.Stream(graph.Graph(nodes), params, (8, 10, 2))
+    whole, frame = 3 * rng.integers(1, 9, (8, 10, 2)).astype(np.float32), np.zeros((8, 10, 2), np.float32)
+    little = np.full(frame.shape, 0.02, np.float32)  # which "a" does not see
+    corner = np.zeros(frame.shape, np.float32)
+    corner[0, 0] = 0.02
+    state = runner.init_state()
+    for change, computed in (
+        (0, [stream.DENSE] * 3),
+        (whole, [80, 80, 80]),
+        (little, [80, 80, 80]),
+        (corner, [1, 1, 0]),  # a comparison of so little is worth its while
+        (little, [80, 80, 80]),
+        (little, [80, 80, 80]),
+        (little, [80, 80, 0]),
+        (little, [80, 80, 0]),
+        (whole, [80, 80, 80]),
+        (little, [80, 80, 80]),
+        (None, [stream.DENSE] * 3),
+        (little, [80, 80, 0]),
+    ):
+        state, frame = (runner.reset(state), frame) if change is None else (state, frame + change)
+        _, state, counts = runner.step(state, frame)
+        np.testing.assert_array_equal(counts, computed)
+        for name, want in graph.maps(graph.Graph(nodes), params, jnp.asarray(frame[None])).items():
+            np.testing.assert_allclose(runner.map(state, name), want[0], atol=1e-5)

@@ -339,6 +339,16 @@ def test_frames_of_any_type(basic, runner):
     np.testing.assert_allclose(runner.step(runner.init_state(), whole.tolist())[0], dense, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_where_integers_have_64_bits(basic, implementation):
+    limits = {node.name: 10**6 for node in basic[0].nodes} if implementation == "xla" else None
+    seen = list(clip(np.random.default_rng(10), length=3))
+    want = list(stream.Stream(*basic[:2], (*SIZE, 3), implementation=implementation, limits=limits).run(seen))
+    with jax.enable_x64(True):
+        got = stream.Stream(*basic[:2], (*SIZE, 3), implementation=implementation, limits=limits).run(seen)
+        np.testing.assert_allclose(list(got), want, rtol=1e-5)
+
+
 def test_within_other_programs(runner):
     """A step under scan and vmap, which consume no state."""
     seen = jnp.asarray(list(clip(np.random.default_rng(6), length=4)))
