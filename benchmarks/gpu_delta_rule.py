@@ -1,221 +1,79 @@
-"""The delta product on a Hopper GPU: checked, then ours, our "chunked" form and fla-core timed in the same run.
+"""The delta product on a Hopper GPU: checked, then ours, fla-core and our "chunked" form timed in the same run on the same card.
 
     pip install -c constraints.txt "jax[cuda13]"; python3 -m venv fla && fla/bin/pip install "fla-core[cuda]==0.6.0"
-    python -m benchmarks.gpu_delta_rule --peer_python=fla/bin/python --csv=benchmarks/results/gpu_delta_rule.csv
+    python -m benchmarks.gpu_delta_rule --peer_python=fla/bin/python --csv=benchmarks/results/gpu_delta_rule.csv --budget=540
 
-First the check: at every shape and task, with fresh random inputs and memory full of nan beforehand, outputs and gradients of
-two heads against "chunked" in float64, as relative RMS; over --tolerance the run ends, exit code 1. Then the times: kernels'
-time on the device (CUPTI; for the peer torch.profiler, which asks CUPTI too), summed over a call's kernels, gaps between
-them not counted; the median over input sets of the median over calls, the libraries taking turns. TFLOP/s and GB/s count the
-products that R steps need at blocks of 64 rows, and every argument and result once; ratio_to_bound is to the larger of the
-times that these need at two ceilings measured first, of a large bfloat16 product and of a large copy. The peer runs in a process
-of its own, on the same inputs; its error is reported, and ends nothing.
+A Python that has jax, torch and fla can be its own peer: `--peer_python=python3`. `--rehearse` runs everything without a GPU, on
+shapes of its own: the kernels in Mosaic GPU's interpreter, and the peer, if one is named, on what its torch can do.
+
+For each input set (fresh random inputs, memory full of nan) the outputs and gradients of two heads are compared with
+"chunked" in float64, and then the calls are timed: kernels' time on the device (CUPTI; for the peer torch.profiler, which asks
+CUPTI too), summed over a call's kernels, gaps between them not counted, the median over sets of the median over calls, the
+libraries taking turns; host_ms is a call of many in a row by the host's clock. tflops and gb_per_s count the products that R
+steps need at blocks of 64 rows, and every argument and result once; ratio_to_bound is to the larger of the times that these
+need at two ceilings measured first, of a large bfloat16 product and of a large copy.
+
+Made for a card that is there for minutes. What tells most comes first (`cells`), and the table is written after every row.
+JAX on the GPU, the peer, and what draws inputs and finds what is right (a CPU's work, one shape ahead) are processes: what
+fails, dies or takes longer than --patience becomes a row with a note, and the next job gets a new process. After --budget
+seconds it ends. Exit code 1 if a result of ours was wrong or missing.
 """
 
-import functools
-import json
+import contextlib
 import os
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too; read when jax starts
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks import table
+from benchmarks.worker import Worker, WorkerError
 from deltajax.errors import RunError
-from deltajax.ops import delta_product
 
 SHAPES = (
     (1, 8192, 16, 128),
     (8, 2048, 16, 128),
+    (8, 2048, 8, 256),
     (4, 4096, 32, 64),
     (1, 32768, 16, 128),
-    (8, 2048, 8, 256),
 )  # B, T, H, K = V
-TASKS = {"delta rule": (1, False), "gated delta rule": (1, True)} | {
-    f"delta product {r}": (r, False) for r in (2, 3, 4)
+TINY = ((1, 70, 1, 64),)
+TASKS = {"gated delta rule": (1, True), "delta product 4": (4, False), "delta rule": (1, False)} | {
+    f"delta product {r}": (r, False) for r in (2, 3)
 }
 PASSES = ("forward", "forward+backward")
-OURS = ("pallas_gpu", "chunked")
-PEER = "fla-core"
+OURS, PEER, CHUNKED = "pallas_gpu", "fla-core", "chunked"
 
 _PEER_PYTHON = flags.DEFINE_string(
     "peer_python", None, "a Python with fla-core 0.6, torch and triton; else only ours run"
 )
-_SETS = flags.DEFINE_integer("sets", 3, "input sets", lower_bound=1)
+_SETS = flags.DEFINE_integer("sets", 2, "input sets", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 20, "timed calls of each library on each input set", lower_bound=1)
 _TOLERANCE = flags.DEFINE_float("tolerance", 2e-2, "relative RMS of outputs and gradients", lower_bound=0.0)
-_SHAPES = flags.DEFINE_list("shapes", [f"{b}x{t}x{h}x{k}" for b, t, h, k in SHAPES], "BxTxHxK, V = K")
-
-PROGRAM = """
-import json, sys
-import numpy as np, torch
-from fla.ops.delta_rule import chunk_delta_rule
-from fla.ops.gated_delta_product import chunk_gated_delta_product
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-def call(q, k, v, beta, g=None):
-    steps = k.shape[2]
-    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-    if steps > 1:
-        return chunk_gated_delta_product(q, k, v, g, beta, num_householder=steps)[0]
-    return chunk_delta_rule(q, k, v, beta)[0] if g is None else chunk_gated_delta_rule(q, k, v, g, beta)[0]
-
-def load(x):
-    x = torch.tensor(x, device="cuda")
-    return x.view(torch.bfloat16) if x.dtype == torch.int16 else x
-
-for line in sys.stdin:
-    job = json.loads(line)
-    with np.load(job["inputs"]) as file:
-        arguments = {name: load(file[name]) for name in file.files}
-    do = arguments.pop("do")
-    if job["pass"] == "forward":
-        def run():
-            with torch.no_grad():
-                return [call(**arguments)]
-    else:
-        for x in arguments.values():
-            x.requires_grad_()
-        def run():
-            o = call(**arguments)
-            return [o, *torch.autograd.grad(o, list(arguments.values()), do)]
-    results = [run() for _ in range(3)][-1]  # compiles, tunes, warms
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(job["calls"]):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run()
-            torch.cuda.synchronize()
-        times.append(sum(event.self_device_time_total for event in profile.key_averages()) / 1e3)
-    ends = {}
-    for name, x in zip(["o", *arguments], results):
-        x = x[:1].detach().float()
-        ends[name] = (x[..., [0, -1]] if name in ("beta", "g") else x[..., [0, -1], :]).cpu().numpy()
-    np.savez(job["outputs"], **ends)
-    print(json.dumps(times), flush=True)
-"""
+_SHAPES = flags.DEFINE_list("shapes", None, "BxTxHxK, V = K, of the issue's five or others")
+_TASKS = flags.DEFINE_list("tasks", list(TASKS), "which of them")
+_PASSES = flags.DEFINE_list("passes", list(PASSES), "which of them")
+_LIBRARIES = flags.DEFINE_list("libraries", [OURS, PEER, CHUNKED], "which of them, in turn")
+_BUDGET = flags.DEFINE_float("budget", 3600.0, "seconds after which it ends", lower_bound=0.0)
+_PATIENCE = flags.DEFINE_float("patience", 120.0, "seconds that one answer of a process may take", lower_bound=1.0)
+_REHEARSE = flags.DEFINE_bool("rehearse", False, "without a GPU: no time means anything")
 
 
-class Peer:
-    """A process that answers jobs; started anew when one kills it."""
-
-    def __init__(self, python: str):
-        self.python = python
-        self.process: subprocess.Popen | None = None
-
-    def run(self, job: dict) -> list[float] | None:
-        """Milliseconds of each call; None if the peer cannot serve the job (its last line of complaint is printed)."""
-        if self.process is None:
-            pipe = subprocess.PIPE
-            self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
-            command = [self.python, "-c", PROGRAM]
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.complaints, text=True)
-        assert self.process.stdin and self.process.stdout
-        try:
-            print(json.dumps(job), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if line:
-            return json.loads(line)
-        self.process.wait()
-        self.complaints.seek(0)
-        print(f"{PEER}: no figure: {(self.complaints.read().strip().splitlines() or ['it died'])[-1]}")
-        self.process = None
-        return None
+def cells(shapes, tasks) -> Iterator[tuple]:
+    """(shape, task), what tells most first: the first shape, then the others, in three tasks; then the other tasks."""
+    main = [task for task in list(TASKS)[:3] if task in tasks]
+    rest = [task for task in tasks if task not in main]
+    yield from ((shapes[0], task) for task in main)
+    yield from ((shape, task) for task in main for shape in shapes[1:])
+    yield from ((shape, task) for task in rest for shape in shapes)
 
 
-def draw(seed, shape, steps, gated):
-    """Arguments by name, and "do": unit queries and keys, beta in (0, 1), gates of all strengths."""
-    batch, length, heads, dim = shape
-    keys = jax.random.split(jax.random.key(seed), 6)
-
-    def normal(key, *axes, unit=False):
-        x = jax.random.normal(keys[key], (batch, length, *axes, heads, dim))
-        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True) if unit else x).astype(jnp.bfloat16)
-
-    arguments = {"q": normal(0, unit=True), "k": normal(1, steps, unit=True), "v": normal(2, steps)}
-    arguments["beta"] = jax.random.uniform(keys[3], (batch, length, steps, heads)).astype(jnp.bfloat16)
-    if gated:
-        arguments["g"] = -jnp.exp(2 * jax.random.normal(keys[4], (batch, length, heads)) - 3)
-    return arguments | {"do": normal(5)}
-
-
-def function(what, implementation):
-    """f(arguments with do) -> results by name."""
-
-    def forward(arguments):
-        return delta_product(**arguments, implementation=implementation)[0]
-
-    def run(arguments):
-        do = arguments["do"]
-        arguments = {name: x for name, x in arguments.items() if name != "do"}
-        if what == "forward":
-            return {"o": forward(arguments)}
-        o, pull = jax.vjp(forward, arguments)
-        return {"o": o, **pull(do.astype(o.dtype))[0]}
-
-    return jax.jit(run)
-
-
-def ends(name, x):
-    """The first and the last head of the first sequence; heads do not know of each other."""
-    x = x[:1]
-    return x[..., np.array([0, -1])] if name in ("beta", "g") else x[..., np.array([0, -1]), :]
-
-
-def expected(what, arguments):
-    """In float64, of two heads."""
-    with jax.enable_x64(True):
-        exact = {name: jnp.asarray(ends(name, x), jnp.float64) for name, x in arguments.items()}
-        return jax.tree.map(np.asarray, function(what, "chunked")(exact))
-
-
-def errors(results, expected):
-    """Relative RMS by name."""
-    found = {}
-    for name, x in expected.items():
-        y = np.asarray(results[name], np.float64).reshape(x.shape)
-        found[name] = float(np.sqrt(np.sum((y - x) ** 2) / np.sum(x**2)))
-    return found
-
-
-def poison():
-    """Fill half of the free memory with nan and let go of it, so that an output never written is seen."""
-    stats = jax.devices()[0].memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    blocks = [jnp.full(2**26, jnp.nan) for _ in range(free // 2 // 2**28)]
-    jax.block_until_ready(blocks)
-
-
-def milliseconds(f, arguments, calls):
-    """Of the kernels of each call."""
-    jax.block_until_ready(f(arguments))
-    _, times = profiler.measure(f, iterations=calls)(arguments)
-    return times if isinstance(times, list) else [times]
-
-
-@functools.cache
-def ceilings():
-    """(TFLOP/s of a product of 8192 x 8192 bfloat16 matrices, GB/s of reading and writing 2 GiB)."""
-    x = jnp.ones((8192, 8192), jnp.bfloat16)
-    product = statistics.median(milliseconds(jax.jit(lambda x: x @ x), x, 20))
-    y = jnp.ones(2**29)
-    copy = statistics.median(milliseconds(jax.jit(lambda y: y + 1), y, 20))
-    return 2 * 8192**3 / product / 1e9, 2 * y.nbytes / copy / 1e6
-
-
-def work(what, shape, steps, gated):
+def work(what: str, shape, steps: int, gated: bool) -> tuple[float, float]:
     """(TFLOP, GB) of one call: the products that blocks of 64 rows need, with nothing recomputed; arguments and results once."""
     batch, length, heads, dim = shape
     square, narrow = dim * dim, 64 * dim
@@ -223,102 +81,189 @@ def work(what, shape, steps, gated):
     outputs = square + 2 * steps * narrow  # Q S; Q K^T, P V'
     arguments = 2 * (dim + steps * (2 * dim + 1)) + 4 * gated
     products, moved = rows + outputs, arguments + 2 * dim
-    if (
-        what != "forward"
-    ):  # two products for each of the forward's; do is read, the arguments again, their cotangents written
+    if what != "forward":  # two products for each; do is read, the arguments again, their cotangents written
         products, moved = 3 * products, moved + 2 * dim + 2 * arguments
     tokens = batch * length * heads
     return 2 * products * tokens / 1e12, moved * tokens / 1e9
 
 
-def compare(what, task, shape, peer):
-    """Rows of the table for one pass, task and shape.
+class Clock:
+    """What is left of the budget."""
 
-    Raises:
-      RunError: ours is wrong.
-    """
-    steps, gated = TASKS[task]
-    times: dict[str, list[float]] = {}
-    worst: dict[str, float] = {}
-    for seed in range(_SETS.value):
-        arguments = draw(seed, shape, steps, gated)
-        exact = expected(what, arguments)
-        for name in OURS:
-            f = function(what, name)
-            if name == OURS[0]:
-                poison()
-            results = f(arguments)
-            found = errors({key: ends(key, x) for key, x in results.items()}, exact)
-            del results
-            worst[name] = max(worst.get(name, 0.0), *found.values())
-            if not worst[name] < _TOLERANCE.value:
-                raise RunError(f"{name} is wrong, {what} of {task} at {shape}: relative RMS {found}")
-            times.setdefault(name, []).append(statistics.median(milliseconds(f, arguments, _CALLS.value)))
-        if peer is None:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            job = {name: str(Path(folder, f"{name}.npz")) for name in ("inputs", "outputs")}
-            host: dict[str, Any] = {name: np.asarray(x) for name, x in arguments.items()}
-            np.savez(
-                job["inputs"], **{name: x if x.dtype == np.float32 else x.view(np.int16) for name, x in host.items()}
-            )
-            answer = peer.run({**job, "pass": what, "calls": _CALLS.value})
-            if answer is not None:
-                times.setdefault(PEER, []).append(statistics.median(answer))
-                with np.load(job["outputs"]) as file:
-                    worst[PEER] = max(worst.get(PEER, 0.0), *errors(file, exact).values())
-    best = {name: statistics.median(sets) for name, sets in times.items()}
-    flops, moved = work(what, shape, steps, gated)
-    peak, bandwidth = ceilings()
-    bound = max(flops / peak, moved / bandwidth) * 1e3
-    return [
-        {
-            **dict(zip("BTHK", shape, strict=True)),
-            "task": task,
-            "pass": what,
-            "library": name,
+    def __init__(self):
+        self.start = time.monotonic()
+
+    def left(self) -> float:
+        """Seconds, less what it takes to end."""
+        return _BUDGET.value - 5 - (time.monotonic() - self.start)
+
+    def patience(self) -> float:
+        """Seconds that the next answer may take."""
+        return min(_PATIENCE.value, self.left())
+
+
+def row(shape, task, what, library, answers, note, peer_ms, ceilings) -> dict[str, object]:
+    """One line of the table from the answers of a library to its jobs; without answers, the note alone."""
+    flops, moved = work(what, shape, *TASKS[task])
+    figures = dict.fromkeys(("ms", "times_as_fast_as_fla", "tflops", "gb_per_s", "ratio_to_bound"), "unmeasured")
+    figures |= dict.fromkeys(("host_ms", "clock", "first_call_s", "relative_rms"), "unmeasured")
+    if answers:
+        ms = statistics.median(x["ms"] for x in answers)
+        bound = max(flops / ceilings["tflops"], moved / ceilings["gb_per_s"]) * 1e3
+        figures |= {
             "ms": f"{ms:.3f}",
-            "times_as_fast_as_fla": f"{best[PEER] / ms:.2f}" if PEER in best else "unmeasured",
+            "times_as_fast_as_fla": f"{peer_ms / ms:.2f}" if peer_ms else "unmeasured",
             "tflops": f"{flops / ms * 1e3:.1f}",
             "gb_per_s": f"{moved / ms * 1e3:.0f}",
             "ratio_to_bound": f"{ms / bound:.1f}",
-            "relative_rms": f"{worst[name]:.1e}",
+            "host_ms": f"{statistics.median(x['host_ms'] for x in answers):.3f}",
+            "clock": "+".join(sorted({x["timer"] for x in answers})),
+            "first_call_s": f"{answers[0]['first_call_s']:.1f}",
+            "relative_rms": f"{max(worst(x) for x in answers):.1e}",
         }
-        for name, ms in best.items()
-    ]
+    sizes = dict(zip("BTHK", shape, strict=True))
+    return {**sizes, "task": task, "pass": what, "library": library, **figures, "note": note}
+
+
+def worst(answer) -> float:
+    """The largest relative RMS; nan is infinite."""
+    return max(x if x == x else float("inf") for x in answer["errors"].values())
+
+
+def verdict(answers, note: str, tolerance: float) -> str:
+    """The note, and which arrays are wrong."""
+    wrong = {name: error for x in answers for name, error in x["errors"].items() if not error < tolerance}
+    listed = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
+    return "; ".join(x for x in (note, listed and f"wrong: {listed}") if x)
+
+
+def compare(shape, task, what, folder, libraries, ceilings, clock):
+    """A row for each library: one pass of one task at one shape."""
+    answers: dict[str, list[dict]] = {name: [] for name in libraries}
+    notes = dict.fromkeys(libraries, "")
+    for index in range(_SETS.value):
+        for name, process in libraries.items():
+            if notes[name]:
+                continue
+            if clock.left() < 1:
+                notes[name] = "the budget ended"
+                continue
+            job = {"do": "measure", "library": name, "what": what, "folder": folder, "index": index}
+            try:
+                answers[name].append(process.ask({**job, "calls": _CALLS.value}, clock.patience()))
+            except WorkerError as error:
+                notes[name] = f"failed: {error}"
+    peer = answers.get(PEER) or []
+    peer_ms = statistics.median(x["ms"] for x in peer) if peer else None
+    for name in libraries:
+        clocks = {x["timer"] for x in answers[name] + peer}  # host's and device's times do not compare
+        ratio = peer_ms if len(clocks) == 1 else None
+        note = verdict(answers[name], notes[name], _TOLERANCE.value)
+        yield row(shape, task, what, name, answers[name], note, ratio, ceilings)
 
 
 def main(_: list[str]) -> None:
     """Check, measure, print and write the table; one line and exit code 1 when ours is wrong or there is no GPU."""
     try:
-        _main()
+        with contextlib.ExitStack() as cleanup:
+            _main(cleanup)
     except RunError as error:
         sys.exit(f"error: {error}")
 
 
-def _shape(text):
+def _shape(text: str) -> tuple[int, ...]:
     sizes = text.split("x")
     if len(sizes) != 4 or not all(size.isdigit() and int(size) for size in sizes):
         raise RunError(f"--shapes: {text!r} is not four sizes, as 1x8192x16x128")
     return tuple(map(int, sizes))
 
 
-def _main():
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        raise RunError(f"this needs a Hopper GPU, and jax.devices()[0] is {device.device_kind!r}")
-    peak, bandwidth = ceilings()
-    print(f"{device.device_kind}: {peak:.0f} TFLOP/s, {bandwidth:.0f} GB/s")
-    peer = Peer(_PEER_PYTHON.value) if _PEER_PYTHON.value else None
-    machine = f"{device.device_kind}, jax {jax.__version__}, {peak:.0f} TFLOP/s, {bandwidth:.0f} GB/s"
+def _known(flag: str, values, allowed):
+    if unknown := [x for x in values if x not in allowed]:
+        raise RunError(f"--{flag}: {unknown[0]!r} is not one of {', '.join(allowed)}")
+    return values
+
+
+def settings() -> dict[str, str]:
+    """What JAX on the GPU needs to know: to leave memory to the peer, and where ptxas is if it is not jax's own."""
+    found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ptxas = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
+    if "CUDA_ROOT" not in os.environ and not list(Path(sys.prefix).glob("lib/*/site-packages/nvidia/cu*/bin/ptxas")):
+        found |= {"CUDA_ROOT": str(Path(ptxas).resolve().parents[1])} if Path(ptxas).exists() else {}
+    return found | ({"JAX_PLATFORMS": "cpu"} if _REHEARSE.value else {"JAX_PLATFORMS": "cuda,cpu"})
+
+
+def _main(cleanup: contextlib.ExitStack):
+    clock = Clock()
+    shapes = [_shape(x) for x in _SHAPES.value] if _SHAPES.value else list(TINY if _REHEARSE.value else SHAPES)
+    tasks, passes = _known("tasks", _TASKS.value, list(TASKS)), _known("passes", _PASSES.value, PASSES)
+    wanted = _known("libraries", _LIBRARIES.value, (OURS, PEER, CHUNKED))
+    ours = Worker(sys.executable, "benchmarks.gpu_worker", settings())
+    oracle = Worker(sys.executable, "benchmarks.gpu_worker", {"JAX_PLATFORMS": "cpu"})
+    peer = Worker(_PEER_PYTHON.value, "benchmarks.gpu_peer") if _PEER_PYTHON.value else None
+    for process in filter(None, (ours, oracle, peer)):
+        cleanup.callback(process.stop)
+    scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+    planned = list(cells(shapes, tasks))
+
+    def prepare(number):
+        shape, task = planned[number]
+        folder = scratch / str(number)
+        folder.mkdir()
+        steps, gated = TASKS[task]
+        job = {"do": "draw", "shape": shape, "steps": steps, "gated": gated, "sets": _SETS.value}
+        oracle.send({**job, "folder": str(folder), "seed": number})
+        return str(folder)
+
+    folder = prepare(0)
+    if peer:
+        with contextlib.suppress(WorkerError):  # it says so when it is asked
+            peer.send({"do": "hello"})
+    try:
+        about = ours.ask({"do": "hello"}, clock.patience())
+    except WorkerError as error:
+        raise RunError(f"no GPU for JAX: {error}") from error
+    if about["platform"] != "gpu" and not _REHEARSE.value:
+        raise RunError(f"this needs a Hopper GPU, and jax.devices()[0] is {about['device']!r}")
+    versions, processes = "no peer", {OURS: ours, CHUNKED: ours}
+    if peer:
+        try:
+            versions, processes[PEER] = peer.receive(clock.patience())["version"], peer
+        except WorkerError as error:
+            print(f"{PEER}: no figures: {error}", flush=True)
+    libraries = {name: processes[name] for name in wanted if name in processes}
+    peaks = f"{about['tflops']:.0f} TFLOP/s, {about['gb_per_s']:.0f} GB/s by {about['timer']}"
+    machine = f"{about['device']}, {about['version']}, {versions}, {peaks}"
+    print(f"{machine}\n{len(planned)} cells in {_BUDGET.value:.0f} s", flush=True)
     rows: list[dict] = []
-    for shape in map(_shape, _SHAPES.value):
-        for task in TASKS:
-            for what in PASSES:
-                for row in compare(what, task, shape, peer):
-                    print(" | ".join(map(str, row.values() if rows else (*row, "\n", *row.values()))), flush=True)
-                    rows.append(row)
+    for number, (shape, task) in enumerate(planned):
+        if clock.left() < 1:
+            print(f"the budget ended before {len(planned) - number} of {len(planned)} cells", flush=True)
+            break
+        try:
+            oracle.receive(clock.patience())
+            note = ""
+        except WorkerError as error:
+            note = f"no inputs: {error}"
+        current = folder
+        if number + 1 < len(planned):
+            with contextlib.suppress(WorkerError):
+                folder = prepare(number + 1)
+        for what in passes:
+            if note:
+                found = (row(shape, task, what, name, [], note, None, about) for name in libraries)
+            else:
+                found = compare(shape, task, what, current, libraries, about, clock)
+            for one in found:
+                if not rows:
+                    print(" | ".join(one))
+                print(" | ".join(str(x) for x in one.values() if x != "unmeasured"), flush=True)
+                rows.append(one)
                 table.write(rows, machine)  # what there is, should the machine go away
+        shutil.rmtree(current, ignore_errors=True)
+    failed = [x for x in rows if x["library"] == OURS and x["note"] not in ("", "the budget ended")]
+    if failed:
+        raise RunError(f"{len(failed)} rows of ours with a note, first {failed[0]['task']}: {failed[0]['note']}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The benchmark for a GPU that is there for minutes: what can go wrong with it, without one."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_delta_rule, worker
+
+ROOT = Path(worker.__file__).parents[1]
+STUB = """
+import os, sys, time
+from benchmarks import worker
+def handle(job):
+    print("chatter")
+    if job["do"] == "hang": time.sleep(600)
+    if job["do"] == "die": sys.stderr.write("first\\nout of registers\\n"); sys.stderr.flush(); os._exit(3)
+    if job["do"] == "fail": raise MemoryError("no room\\nfor this")
+    return {"pid": os.getpid()}
+worker.serve(handle)
+"""
+
+
+def test_a_job_that_goes_wrong_costs_one_answer(tmp_path):
+    (tmp_path / "stub.py").write_text(STUB)
+    process = worker.Worker(sys.executable, "stub", {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    first = process.ask({"do": "well"}, 60)
+    assert process.ask({"do": "well"}, 60) == first
+    for job, seconds, message in (
+        ("fail", 60, "MemoryError: no room for this"),
+        ("die", 60, r"it died \(3\): out of registers"),
+        ("hang", 0.5, "no answer after 0 s"),
+    ):
+        with pytest.raises(worker.WorkerError, match=f"^{message}$"):
+            process.ask({"do": job}, seconds)
+        assert process.ask({"do": "well"}, 60) != first  # by another process
+    process.stop()
+    with pytest.raises(worker.WorkerError, match="No such file"):
+        worker.Worker("/no/python", "stub").send({})
+
+
+def test_what_tells_most_comes_first():
+    cells = list(gpu_delta_rule.cells(gpu_delta_rule.SHAPES, list(gpu_delta_rule.TASKS)))
+    assert len(set(cells)) == len(cells) == 25
+    assert {task for shape, task in cells[:3]} == {"delta rule", "gated delta rule", "delta product 4"}
+    assert {shape for shape, task in cells[:3]} == {(1, 8192, 16, 128)}
+
+
+def test_a_wrong_result_is_a_note():
+    answers = [{"errors": {"o": 1e-3, "k": float("nan"), "v": 2e-3}}, {"errors": {"o": 0.5}}]
+    assert gpu_delta_rule.verdict(answers, "", 1e-2) == "wrong: k nan, o 5.0e-01"
+    assert gpu_delta_rule.verdict(answers[:0], "failed: x", 1e-2) == "failed: x"
+    assert gpu_delta_rule.verdict([{"errors": {"o": 1e-3}}], "", 1e-2) == ""
+    assert [gpu_delta_rule.worst(x) for x in answers] == [float("inf"), 0.5]
+
+
+def test_rehearsal(tmp_path):
+    """One cell in the interpreter, beside a peer without torch."""
+    table = tmp_path / "table.csv"
+    flags = ["--tasks=delta rule", "--passes=forward", "--shapes=1x64x1x64", "--sets=1", "--calls=1", f"--csv={table}"]
+    command = [sys.executable, "-m", "benchmarks.gpu_delta_rule", "--rehearse", f"--peer_python={sys.executable}"]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fla-core: no figures: it died (1): ModuleNotFoundError: No module named " in done.stdout
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["library"] for row in rows] == ["pallas_gpu", "chunked"]
+    assert all(row["note"] == "" and float(row["relative_rms"]) < 1e-2 and float(row["ms"]) > 0 for row in rows)
