@@ -19,7 +19,6 @@ are read as the caller has them, [B, T, H, K], and turned in VMEM, where that co
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_bfloat16
 from pallas_kernels.manual_axes import results
+from pallas_kernels.tpu_bfloat16_call import tpu_info
 
 ROWS = 64  # rows of a chunk, at most
 HEADS = 16  # value heads of a block
@@ -59,21 +59,13 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     return (o if constant is scale else o * scale).astype(v.dtype), state
 
 
-def _tpu() -> Any:
-    """What is known of the TPU that is compiled for; None in interpret mode on another platform."""
-    try:
-        return pltpu.get_tpu_info()
-    except ValueError:
-        return None
-
-
 def _check_vmem(q, v, g) -> None:
     """Before any compilation: whether the largest kernel, the backward, fits.
 
     Raises:
       NotImplementedError: the sizes, what they need, and what there is.
     """
-    if _tpu() is None:
+    if tpu_info() is None:
         return
     needed, limit = backward_vmem(q, v, g), _vmem_limit()
     if needed > limit:
@@ -85,7 +77,7 @@ def _check_vmem(q, v, g) -> None:
 
 def _vmem_limit() -> int:
     """Bytes of VMEM that a kernel may take: three quarters, XLA keeps arrays of its own there."""
-    return 32 * 2**20 if _tpu() is None else _tpu().vmem_capacity_bytes * 3 // 4
+    return 32 * 2**20 if tpu_info() is None else tpu_info().vmem_capacity_bytes * 3 // 4
 
 
 def backward_vmem(q, v, g) -> int:

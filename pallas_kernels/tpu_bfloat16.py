@@ -10,7 +10,7 @@ import functools
 import jax
 
 from pallas_kernels.tpu_bfloat16_backward import backward
-from pallas_kernels.tpu_bfloat16_common import HEADS
+from pallas_kernels.tpu_bfloat16_call import HEADS
 from pallas_kernels.tpu_bfloat16_forward import forward
 
 

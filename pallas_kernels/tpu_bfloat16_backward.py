@@ -16,16 +16,14 @@ channels.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tpu_bfloat16_call import PerHead, beta_and_gates, call, sizes
 from pallas_kernels.tpu_bfloat16_common import (
     BF16,
     F32,
     LANES,
     ROWS,
     Gates,
-    PerHead,
-    beta_and_gates,
     bits,
-    call,
     column,
     dot,
     either,
@@ -38,7 +36,6 @@ from pallas_kernels.tpu_bfloat16_common import (
     padded,
     rows_of,
     run,
-    sizes,
     split,
     stacked,
     transpose,
@@ -105,7 +102,7 @@ class _Block:
         """All heads in step."""
         q, k, gates, half = self.q, self.k, self.gates, self.half
         pairs, heads = range(half), [h for p in range(half) for h in (p, p + half)]
-        qk_turned = {h: transpose(rows_of(padded(q[h]), k[h])) for h in heads}
+        kq_turned = {h: transpose(rows_of(k[h], padded(q[h]))) for h in heads}
         scores, decays = gates.scores(pairs, q, k)
         ends = {h: column(gates.to_end, h) * dot(k[h], bits(self.ds_ref[h])) for h in heads}
         dy = self._of_written(pairs, scores, ends)
@@ -120,13 +117,16 @@ class _Block:
         reads, writes = {}, {}
         for h in heads:
             q_side = bits(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
-            k_side = bits(-column(gates.from_start, h) * dx[h])
+            # Two parts of what stays in the gradient of the state; 256 deep, as the array of v6e is.
+            k_side, rest = split(-column(gates.from_start, h) * dx[h])
             reads[h] = dot(rows_of(k_side, q_side), self.s[h], (1, 1))
-            writes[h] = rows_of(padded(q_side), k_side)
+            writes[h] = rows_of(k_side, padded(q_side), rest, jnp.zeros_like(rest))
         for h in heads:
             self._of_reads(h, reads[h])
         for h in heads:
-            self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + dot(qk_turned[h], writes[h])
+            self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + dot(
+                lanes_of(kq_turned[h], kq_turned[h]), writes[h]
+            )
         for p, *of_pair in zip(pairs, scores, decays, products, strict=True):
             self._of_pair(p, *of_pair)
 

@@ -14,30 +14,25 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tpu_bfloat16_call import PerHead, beta_and_gates, call, sizes
 from pallas_kernels.tpu_bfloat16_common import (
     F32,
     LANES,
     ROWS,
     Gates,
-    PerHead,
-    beta_and_gates,
     bits,
-    call,
     dot,
     either,
-    floats,
     half_turn,
-    inverses,
     lanes_of,
     left,
     rows_of,
     run,
-    sizes,
     split,
-    spread_columns,
     stacked,
     transpose,
 )
+from pallas_kernels.tpu_bfloat16_inverse import inverses, spread_columns
 
 PARTS_AT_ONCE = 7  # heads of a stage of the scan beside a stage of what is ahead
 KEPT = ("inverses", "z", "states")  # for the backward
@@ -128,8 +123,8 @@ class _Block:
 
     def __init__(self, n, refs, kept, s_ref, scale):
         self.n, self.half, self.scale, self.kept, self.s_ref = n, n.nh // 2, scale, kept, s_ref
-        names = {"q": "now_q", "k": "now_k", "v": "v"}
-        self.q, self.k, self.v = (PerHead(refs[names[name]], n.nh // refs[names[name]].shape[0]) for name in "qkv")
+        self.q, self.k = (PerHead(refs[f"now_{name}"], n.nh // n.kh) for name in "qk")
+        self.v = refs["v"]
         self.refs = refs
         self.gated = "total" in refs
         self.nothing = jnp.zeros((ROWS // 2, n.value_dim), jnp.int32)
@@ -167,7 +162,7 @@ class _Block:
 
     def _solve(self, h, read):
         """Z of a head, from two parts of its pair's T and what K reads from the state: (first + second) big + first small."""
-        x = floats(self.v[h]) - self._column("from_start", h) * read
+        x = self.v[h] - self._column("from_start", h) * read
         (big, small), t, here = split(x), self.refs["t"][h % self.half], h < self.half
         first, second = t[:, :LANES], t[:, LANES:]
         first_and_second = jnp.where(left(first) == here, first, half_turn(second))

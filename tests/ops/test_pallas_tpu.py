@@ -21,7 +21,7 @@ from tpu_compiler import run_program
 
 from benchmarks import tpu_cycles
 from deltajax.ops import delta_product
-from pallas_kernels import tpu, tpu_bfloat16, tpu_bfloat16_common
+from pallas_kernels import tpu, tpu_bfloat16, tpu_bfloat16_call, tpu_bfloat16_common
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +104,14 @@ def test_heads_are_turned_in_words():
     state = jnp.ones((1, 16, 128, 128), jnp.float32)
 
     def kernel(store, refs, outs, s_ref):
-        tpu_bfloat16_common.run(store("o", {h: 2 * tpu_bfloat16_common.floats(refs["v"][h]) for h in range(16)}))
+        sums = {h: refs["v"][h] + tpu_bfloat16_common.floats(refs["q"][h]) for h in range(16)}
+        tpu_bfloat16_common.run(store("o", sums))
 
-    o, _ = tpu_bfloat16_common.call(
-        tpu_bfloat16_common.sizes(x, x, 16, 128),
+    o, _ = tpu_bfloat16_call.call(
+        tpu_bfloat16_call.sizes(x, x, 16, 128),
         kernel,
         "twice",
-        {"v": x, "state": state},
+        {"q": x, "v": x, "state": state},
         {"o": (x.shape, x.dtype), "state": (state.shape, state.dtype)},
     )
     np.testing.assert_array_equal(o, 2 * x)
@@ -169,7 +170,7 @@ def test_float64_has_no_kernel():
 def test_what_does_not_fit_is_told_and_served_otherwise(monkeypatch, caplog):
     """Before any compilation."""
     tpu7x = types.SimpleNamespace(vmem_capacity_bytes=64 * 2**20)
-    monkeypatch.setattr(tpu, "_tpu", lambda: tpu7x)
+    monkeypatch.setattr(tpu, "tpu_info", lambda: tpu7x)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     shapes = [(1, 64, 16, 512), (1, 64, 1, 16, 512), (1, 64, 1, 16, 512), (1, 64, 1, 16)]
     arguments = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
