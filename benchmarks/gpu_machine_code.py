@@ -52,9 +52,9 @@ compile(module, len(module))
 """
 
 
-def lower(f, *arguments):
-    """`f` lowered for an H100 that is not there."""
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)):
+def lower(f, *arguments, device=H100):
+    """`f` lowered for a GPU that is not there."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 

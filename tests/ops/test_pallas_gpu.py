@@ -28,9 +28,9 @@ def interpreted():
 @pytest.mark.parametrize(
     ("batch", "length", "steps", "heads", "value_heads", "key_dim", "value_dim", "gate", "beta", "cosine", "segmented"),
     [
-        (2, 70, 1, 1, 1, 64, 64, "scalar", None, 0.0, False),
-        (1, 40, 3, 1, 2, 40, 24, "scalar", None, 0.0, True),
-        (1, 200, 1, 1, 1, 64, 64, "strong", 2.0, 0.95, False),
+        (2, 70, 1, 1, 1, 200, 64, "scalar", None, 0.0, False),
+        (1, 40, 3, 2, 4, 40, 24, "scalar", None, 0.0, True),
+        (1, 200, 1, 1, 1, 64, 256, "strong", 2.0, 0.95, False),
         (1, 30, 4, 1, 1, 128, 128, None, 2.0, 0.5, False),
         (1, 40, 2, 1, 2, 80, 24, "channel", 2.0, 0.5, True),
         (1, 70, 2, 1, 1, 200, 24, "channel", None, 0.0, False),
@@ -43,7 +43,16 @@ def test_against_the_reference(
     with interpreted():
         sizes = (batch, length, steps, heads, value_heads, key_dim, value_dim)
         arguments = draw(1, *sizes, gate, beta, cosine, "bfloat16")
-        compare(arguments, "pallas_gpu", 1e-2, 2e-2, segment_ids=segments)
+        scale = jnp.float32(0.3) if segmented else None  # an array, known when it runs
+        compare(arguments, "pallas_gpu", 1e-2, 2e-2, segment_ids=segments, scale=scale)
+
+
+def test_all_blocks_that_may_be_asked_for(monkeypatch):
+    """The widest columns and most stages, which `for_shape` chooses for more heads than the interpreter has time for."""
+    wide = gpu.Blocks(columns=64, stages=4, late_stages=1, output_columns=64)
+    monkeypatch.setattr(gpu.Blocks, "for_shape", lambda *_: wide)
+    with interpreted():
+        compare(draw(2, 1, 100, 2, 1, 1, 64, 128, "scalar", dtype="bfloat16"), "pallas_gpu", 1e-2, 2e-2)
 
 
 def shapes(length, steps, heads, value_heads, key_dim, value_dim, gate, dtype="bfloat16"):
@@ -55,25 +64,25 @@ def shapes(length, steps, heads, value_heads, key_dim, value_dim, gate, dtype="b
     return arguments
 
 
-def lower(arguments, vmapped=False):
+def lower(arguments, vmapped=False, implementation="pallas_gpu", device=gpu_machine_code.H100):
     """The gradient's program for CUDA, as text."""
 
     def loss(*arguments):
-        o, state = delta_product(*arguments, implementation="pallas_gpu")
+        o, state = delta_product(*arguments, implementation=implementation)
         return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(state)
 
     gradient = jax.value_and_grad(loss, argnums=range(len(arguments)))
     if vmapped:
         gradient = jax.vmap(gradient)
         arguments = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in arguments]
-    return gpu_machine_code.lower(gradient, *arguments).as_text()
+    return gpu_machine_code.lower(gradient, *arguments, device=device).as_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "vmapped"),
     [
         (shapes(8192, 1, 16, 16, 128, 128, "scalar"), False),
-        (shapes(100, 3, 2, 4, 64, 40, None), True),
+        (shapes(100, 3, 66, 132, 64, 40, None), True),
         (shapes(2048, 2, 8, 8, 256, 256, "scalar"), False),
         (shapes(300, 2, 2, 4, 256, 256, "channel"), False),
     ],
@@ -105,6 +114,15 @@ def test_elsewhere_the_chunked_form_serves():
         delta_product(*tokens, implementation="pallas_gpu")
     either, chunked = (delta_product(*tokens, implementation=x) for x in (("pallas_gpu", "chunked"), "chunked"))
     np.testing.assert_array_equal(either[0], chunked[0])
+
+
+def test_on_an_older_gpu_the_chunked_form_serves():
+    arguments = shapes(9, 1, 1, 1, 64, 64, None)
+    ampere = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+    with pytest.raises(NotImplementedError, match=r"for Hopper GPUs \(wgmma\), and this is 'NVIDIA A100-SXM4-80GB'"):
+        lower(arguments, device=ampere)
+    assert "mosaic_gpu" not in lower(arguments, implementation=("pallas_gpu", "chunked"), device=ampere)
+    assert "mosaic_gpu" in lower(arguments, implementation=("pallas_gpu", "chunked"))
 
 
 def test_blocks_check_their_ranges():
