@@ -2,9 +2,10 @@
 //
 // Every map [H + margins, W + margins, C] stays in memory; the margins are zeros, so no window has a border. A map computes
 // the pixels of which a window holds a changed pixel, from whole inputs, writes them over the old ones and notes which of
-// them differ (or, where that is known to stop nothing, all of them). Such pixels are collected into strips, wherever they lie: a strip's sums (12 pixels of 2 vectors of channels)
-// stand in registers while the window passes by. A pixel's sum is taken in one order (rows of the window, then columns and
-// channels), in whatever strip it stands: so a frame that is computed pixel by pixel equals one computed densely, bit for bit.
+// them differ (or, where that is known to stop nothing, all of them). Such pixels are collected into strips, wherever they lie:
+// a strip's sums (12 pixels of 2 vectors of channels) stand in registers while the window passes by. A pixel's sum is taken in
+// one order (rows of the window, then columns and channels), in whatever strip it stands: so a frame that is computed pixel by
+// pixel equals one computed densely, bit for bit.
 //
 // The network comes as numbers (`Program` below), its parameters as one array, packed by `delta_convolution.py`.
 #if defined(__AVX512F__)
