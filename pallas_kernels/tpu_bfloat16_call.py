@@ -33,6 +33,11 @@ def compiled() -> bool:
     return tpu_info() is not None
 
 
+def packs_in_memory() -> bool:
+    """Whether two rows come into one word by way of VMEM: on v5e, where that takes two stores and a load."""
+    return compiled() and tpu_info().chip_version == pltpu.ChipVersion.TPU_V5E
+
+
 class PerHead:
     """A ref [key heads or value heads, rows / 2, channels] of `bits`, read by value head."""
 

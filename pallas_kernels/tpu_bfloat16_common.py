@@ -9,6 +9,8 @@ bfloat16 matrices [rows, lanes] are held as 32-bit pairs of rows, [rows / 2, lan
 then parts are put together, masked and stored as they are. (Of bfloat16 arrays Mosaic makes half-filled tiles in between.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -53,6 +55,15 @@ def halves(x):
 def split(x):
     """Bits of the `halves` of x."""
     return tuple(map(bits, halves(x)))
+
+
+def split_in_memory(ref, h):
+    """`split` of ref[h], float32 in VMEM, from even and odd rows loaded apart; the second part is cut, not rounded."""
+    rows = ref.shape[1] // 2
+    even, odd = (halves(ref[h, pl.ds(i, rows, stride=2), :]) for i in range(2))
+    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
+    words = (as_bits(low) >> 16 | as_bits(high) & jnp.uint32(0xFFFF0000) for low, high in zip(even, odd, strict=True))
+    return tuple(jax.lax.bitcast_convert_type(x, jnp.int32) for x in words)
 
 
 def dot(x, y, axes=(1, 0)):

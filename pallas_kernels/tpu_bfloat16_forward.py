@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu_bfloat16_call import PerHead, beta_and_gates, call, sizes
+from pallas_kernels.tpu_bfloat16_call import PerHead, beta_and_gates, call, packs_in_memory, sizes
 from pallas_kernels.tpu_bfloat16_common import (
     F32,
     LANES,
@@ -29,6 +29,7 @@ from pallas_kernels.tpu_bfloat16_common import (
     rows_of,
     run,
     split,
+    split_in_memory,
     stacked,
     transpose,
 )
@@ -75,6 +76,8 @@ def _carried(n, gated):
         "p": ((half, n.tokens // 2, LANES), jnp.int32),
         "weight": ((ROWS, n.nh), F32),
     }
+    if packs_in_memory():  # not carried: for `_Block._split`
+        found["packed"] = ((n.nh, ROWS, n.value_dim), F32)
     if gated:
         rows = {"from_start": ROWS, "from_start_q": n.tokens, "total": 1}
         found |= {name: ((size, n.nh), F32) for name, size in rows.items()}
@@ -133,6 +136,14 @@ class _Block:
     def _column(self, name, h):
         return self.refs[name][:, h : h + 1] if self.gated else 1.0
 
+    def _split(self, ref, h, x=None):
+        """`split` of x, or of ref[h], in registers or by way of ref[h]."""
+        if not packs_in_memory():
+            return split(ref[h] if x is None else x)
+        if x is not None:
+            ref[h] = x
+        return split_in_memory(ref, h)
+
     def run(self, store):
         """A generator: stage by stage, yielding after each head."""
         half = self.half
@@ -140,7 +151,7 @@ class _Block:
         read, z = {}, {}
         for h in heads:
             kq = rows_of(self.k[h], self.q[h])
-            read[h] = dot(lanes_of(kq, kq), rows_of(*split(self.s_ref[h])))
+            read[h] = dot(lanes_of(kq, kq), rows_of(*self._split(self.s_ref, h)))
             yield
         for h in heads:
             z[h] = self._solve(h, read[h][:ROWS])
@@ -155,7 +166,9 @@ class _Block:
                 self._keep(h, z[h])
             turned = self.refs["k_turned"][h % half]
             turned = jnp.where(left(turned) == (h < half), turned, half_turn(turned))
-            written = dot(turned, rows_of(*split(self.refs["weight"][:, h : h + 1] * z[h])))
+            written = dot(
+                turned, rows_of(*self._split(self.refs.get("packed"), h, self.refs["weight"][:, h : h + 1] * z[h]))
+            )
             self.s_ref[h] = self._column("total", h) * self.s_ref[h] + written
             yield
         yield from store(self.outs)
@@ -163,7 +176,7 @@ class _Block:
     def _solve(self, h, read):
         """Z of a head, from two parts of its pair's T and what K reads from the state: (first + second) big + first small."""
         x = self.v[h] - self._column("from_start", h) * read
-        (big, small), t, here = split(x), self.refs["t"][h % self.half], h < self.half
+        (big, small), t, here = self._split(self.refs.get("packed"), h, x), self.refs["t"][h % self.half], h < self.half
         first, second = t[:, :LANES], t[:, LANES:]
         first_and_second = jnp.where(left(first) == here, first, half_turn(second))
         smalls = (small, self.nothing) if here else (self.nothing, small)

@@ -21,12 +21,10 @@ BASE = 8  # rows of the diagonal blocks that are inverted by substitution: a til
 
 def _block_diagonal(x, size):
     """Bits of a [LANES, LANES] matrix with the blocks of float32 x [size, LANES] on its diagonal."""
-    if size < 16:  # half a tile of bfloat16
-        block = iota((size, LANES), 1) // size
-        return bits(rows_of(*(jnp.where(block == i, x, 0) for i in range(LANES // size))))
-    x = bits(x)
-    block = iota(x.shape, 1) // size
-    return rows_of(*(jnp.where(block == i, x, 0) for i in range(LANES // size)))
+    copies = max(1, 16 // size)  # a tile of bfloat16 has 16 rows
+    x = bits(rows_of(*[x] * copies))
+    block = iota(x.shape, 1) // size - iota(x.shape, 0) // (size // 2)  # less which copy
+    return rows_of(*(jnp.where(block == i, x, 0) for i in range(0, LANES // size, copies)))
 
 
 def _product(x, y):

@@ -21,7 +21,7 @@ from tpu_compiler import run_program
 
 from benchmarks import tpu_cycles
 from deltajax.ops import delta_product
-from pallas_kernels import tpu, tpu_bfloat16, tpu_bfloat16_call, tpu_bfloat16_common
+from pallas_kernels import tpu, tpu_bfloat16, tpu_bfloat16_call, tpu_bfloat16_common, tpu_bfloat16_forward
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,12 @@ def test_float32(batch, length, steps, heads, value_heads, key_dim, value_dim, g
 def test_bfloat16(steps, heads, value_heads, gate, cosine):
     arguments = draw(1, 1, 200, steps, heads, value_heads, 64, 64, gate, 2.0, cosine, "bfloat16")
     compare(arguments, "pallas_tpu", 1e-2, 2e-2)
+
+
+def test_two_rows_come_into_one_word_by_way_of_memory(monkeypatch):
+    """As on v5e."""
+    monkeypatch.setattr(tpu_bfloat16_forward, "packs_in_memory", lambda: True)
+    compare(draw(1, 1, 130, 1, 4, 4, 64, 64, None, 2.0, 0.95, "bfloat16"), "pallas_tpu", 1e-2, 2e-2)
 
 
 def test_pairs_of_heads_with_segments():
