@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not native.compiler(), reason="no C++ compiler")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="vectors of x86")
-@pytest.mark.parametrize(("option", "width"), [("-mno-avx512f", 32), ("-mno-avx", 16)])
+@pytest.mark.parametrize(("option", "width"), [("-mno-avx512f -O1", 32), ("-mno-avx -O1", 16)])
 def test_narrower_vectors(option, width, tmp_path):
     """Strips are then shorter and blocks of channels narrower; weights are packed for them."""
     code = f"""
