@@ -119,16 +119,15 @@ def machine_code(module: bytes, toolchain: Path) -> dict[str, str]:
         return files
 
 
-def facts(files: dict[str, str], shared: int) -> dict[str, int]:
-    """Figures of one kernel, from `machine_code` and its bytes of shared memory."""
+def facts(files: dict[str, str], shared: int, of_loop: bool) -> dict[str, int]:
+    """Figures of one kernel, from `machine_code` and its bytes of shared memory; issue cycles of its longest loop or of all."""
     (registers,) = re.findall(r"Used (\d+) registers", files["ptxas"])
     spills = max(map(int, re.findall(r"(\d+) bytes spill stores", files["ptxas"])))
     lines = files["sass_ctrl"].splitlines()
     labels = {line.split(":")[0].strip(): n for n, line in enumerate(lines) if line.startswith(".L")}
     jumps = ((re.search(r"BRA `\((\.L\w+)\)", line), n) for n, line in enumerate(lines))
     loops = [(labels[jump[1]], n) for jump, n in jumps if jump and labels[jump[1]] < n]
-    longest = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
-    first, last = longest if longest[1] - longest[0] > len(lines) / 4 else (0, len(lines))
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0]) if of_loop else (0, len(lines))
     issue = re.findall(r":(\d\d) +/\*[0-9a-f]{4,}\*/", "\n".join(lines[first : last + 1]))
     return {
         "registers": int(registers),
@@ -153,7 +152,7 @@ def measure(steps: int, heads: int, dim: int, gate: str, toolchain: Path) -> lis
             (shared[kernel],) = map(int, re.findall(r"smem_scratch_bytes=(\d+)", file.read_text()))
     about = {"steps": steps, "dim": dim, "gate": gate}
     return [
-        {"kernel": kernel, **about, **facts(machine_code(module, toolchain), shared[kernel])}
+        {"kernel": kernel, **about, **facts(machine_code(module, toolchain), shared[kernel], "scan" in kernel)}
         for kernel, module in found.items()
     ]
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_common import (
@@ -18,6 +20,7 @@ from pallas_kernels.gpu_common import (
     rows_of,
     square,
     transposed,
+    unknown_zero,
     writer,
 )
 
@@ -35,7 +38,9 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
     group = heads // q.shape[2]
     parts_of_keys = key_dim // ROWS
 
-    def body(cta, inputs, outputs, q, k, v, do, tokens, mask, parts, stage, first, later, of_state):
+    def body(cta, inputs, outputs, *scratch):
+        *arrays, tokens, mask, parts, stage, first, later, of_state = scratch
+        q, k, v, do = (x.at[0] for x in arrays)
         b, chunk, h = cta
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h // group], q, first)
         plgpu.copy_gmem_to_smem(inputs[4].at[b, chunk, h], tokens, first)
@@ -50,18 +55,20 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
             plgpu.copy_gmem_to_smem(inputs[3].at[b, chunk * steps, h, rows_of(part)], v, of_state)
 
         fetch(0)
-        write = writer(stage.at[0], stage.at[1])
         put_prefix_mask(mask)
         plgpu.barrier_wait(first)
-        dq: list[Any] = [0.0] * parts_of_keys
-        over_rows: Any = 0.0
-        for r in range(steps):
+
+        def one_block(r, sums):
+            over_rows, *dq = sums
             block = chunk * steps + r
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            write = writer(stage.at[0], stage.at[1])
             plgpu.barrier_wait(later)
+            q, k, v, do = (x.at[unknown_zero()] for x in arrays)
             t, j = row_and_column()
             decayed = scale
             if kinds > 1:
-                decayed *= decays_between(tokens.at[1], lambda s, j, r=r: s * steps > ROWS * r + j, mask, parts)
+                decayed *= decays_between(tokens.at[1], lambda s, j: s * steps > ROWS * r + j, mask, parts)
             decayed = jnp.where(ROWS * r + j < (t + 1) * steps, decayed, 0.0)
             scores = products((q, transposed(k)))
             dscores = decayed * products((do, transposed(v)))
@@ -80,14 +87,24 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
                 dq[part] += products((dscores, k.at[:, here]))
                 write(products((transposed(dscores), q.at[:, here])), outputs[1].at[b, rows_of(block), h, here])
             plgpu.commit_smem()  # all warps have left k and v
-            if r + 1 < steps:
+
+            @pl.when(r + 1 < steps)
+            def _():
                 fetch(r + 1)
+
+            return [over_rows, *dq]
+
+        sums = [jnp.zeros(ROWS, f32), *[jnp.zeros((ROWS, ROWS), f32)] * parts_of_keys]
+        over_rows, *dq = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), one_block, sums)
         fetch_state(0)  # rows of the state where those of v were
         outputs[5][b, chunk, h] = over_rows
         dfrom_start: Any = 0.0
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        write = writer(stage.at[0], stage.at[1])
         for part in range(parts_of_keys):
             here = rows_of(part)
             plgpu.barrier_wait(of_state)
+            q, _, v, do = (x.at[unknown_zero()] for x in arrays)
             do_state = scale * products((do, transposed(v)))
             queries = q[:, here].astype(f32)
             dfrom_start += jnp.sum(queries * do_state, axis=1)
@@ -118,9 +135,9 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
         ],
         {"batch": batch, "chunk": chunks, "head": heads},
         [
-            plgpu.SMEM((ROWS, key_dim), bf16),
-            plgpu.SMEM((ROWS, key_dim), bf16),
-            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(2)),
+            plgpu.SMEM((1, ROWS, key_dim), bf16),
+            plgpu.SMEM((1, ROWS, key_dim), bf16),
+            *(plgpu.SMEM((1, ROWS, value_dim), bf16) for _ in range(2)),
             plgpu.SMEM((kinds, ROWS), f32),
             square(),
             square(2),
@@ -145,9 +162,10 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
     batch, blocks, heads, kinds, _ = rows.shape
     key_dim, value_dim = states.shape[3:]
     group = heads // k.shape[2]
-    parts_of_keys = key_dim // ROWS
 
-    def body(cta, inputs, outputs, k, v, v_new, dsolved, dstate, rows, weights, mask, parts, first, later):
+    def body(cta, inputs, outputs, *scratch):
+        *arrays, rows, weights, mask, parts, first, later = scratch
+        k, v, v_new, dsolved, dstate = (x.at[0] for x in arrays)
         b, block, h = cta
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(block), h // group], k, first)
         for ref, smem in zip(inputs[1:4], (v, v_new, dsolved), strict=True):
@@ -172,29 +190,38 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         outputs[2][b, block, h, 6] = jnp.sum(of_gates, axis=0)
         parts[0] = (beta * da).astype(bf16)
         write = writer(mask, parts.at[1])
-        sums: list[Any] = [0.0] * 4
+        of_inputs: Any = 0.0
         for part in range(value_dim // ROWS):
             here = rows_of(part)
             dx = dsolved[:, here].astype(f32)
-            sums[0] += jnp.sum(dx * v[:, here].astype(f32), axis=1)
+            of_inputs += jnp.sum(dx * v[:, here].astype(f32), axis=1)
             write(along_rows(weights[0]) * dx, outputs[1].at[b, rows_of(block), h, here])
         plgpu.commit_smem()  # all warps have left v
         fetch(0)
-        for part in range(parts_of_keys):
+        write = writer(mask)
+
+        def one_part(part, sums):
             here = rows_of(part)
             plgpu.barrier_wait(later)
+            k, v, v_new, dsolved, dstate = (x.at[unknown_zero()] for x in arrays)
             to_state, to_end = products((dsolved, transposed(v))), products((v_new, transposed(dstate)))
             keys = k[:, here].astype(f32)
-            sums[1] += jnp.sum(keys * to_state, axis=1)
-            sums[2] += jnp.sum(keys * to_end, axis=1)
-            sums[3] += jnp.sum(v[...].astype(f32) * dstate[...].astype(f32), axis=1)
+            of_part = keys * to_state, keys * to_end, v[...].astype(f32) * dstate[...].astype(f32)
+            sums = [total + jnp.sum(x, axis=1) for total, x in zip(sums, of_part, strict=True)]
             plgpu.commit_smem()  # all warps have left the states
-            if part + 1 < parts_of_keys:
+
+            @pl.when(part + 1 < key_dim // ROWS)
+            def _():
                 fetch(part + 1)
+
             dk = along_rows(weights[1]) * to_state + along_rows(weights[2]) * to_end
             dk += products((parts.at[0], k.at[:, here]), (transposed(parts.at[0]), k.at[:, here]))
             write(dk, outputs[0].at[b, rows_of(block), h, here])
-        for kind, vector in enumerate(sums):
+            return sums
+
+        sums = [jnp.zeros_like(of_inputs)] * 3
+        sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(key_dim // ROWS), one_part, sums)
+        for kind, vector in enumerate([of_inputs, *sums]):
             outputs[2][b, block, h, kind] = vector
         plgpu.wait_smem_to_gmem(0)
 
@@ -209,8 +236,8 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         ],
         {"batch": batch, "block": blocks, "head": heads},
         [
-            plgpu.SMEM((ROWS, key_dim), bf16),
-            *(plgpu.SMEM((ROWS, value_dim), bf16) for _ in range(4)),
+            plgpu.SMEM((1, ROWS, key_dim), bf16),
+            *(plgpu.SMEM((1, ROWS, value_dim), bf16) for _ in range(4)),
             plgpu.SMEM((kinds, ROWS), f32),
             plgpu.SMEM((4, ROWS), f32),
             square(),
