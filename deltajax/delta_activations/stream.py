@@ -100,8 +100,7 @@ class Stream:
             self.frame_shape = ()
         if len(self.frame_shape) != 3 or self.frame_shape[2] != channels or min(self.frame_shape) < 1:
             raise ValueError(f"frame_shape must be (height, width, {channels}), got {frame_shape}")
-        self.graph = graph
-        self.sizes = graph.sizes(*self.frame_shape[:2])
+        self.graph, self.sizes = graph, graph.sizes(*self.frame_shape[:2])
         self.nodes = tuple(self.sizes)
         for given in (tilings or {}, limits or {}):
             unknown = set(given) - set(self.nodes)
