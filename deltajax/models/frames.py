@@ -62,6 +62,12 @@ class Config:
             raise ValueError(f"frame_size must be two integers >= 1, got {size!r}")
         if type(self.rate) not in (int, float) or not 0 <= self.rate < float("inf"):
             raise ValueError(f"rate must be a number >= 0, got {self.rate!r}")
+        pairs = self.init_steps
+        if not isinstance(pairs, tuple) or any(not isinstance(x, tuple) or len(x) != 2 for x in pairs):
+            raise ValueError(f"init_steps must be a tuple of (beginning of a place's name, step), got {pairs!r}")
+        for begin, step in pairs:
+            if not isinstance(begin, str) or type(step) not in (int, float) or not 0 < step < float("inf"):
+                raise ValueError(f"init_steps must have steps > 0 for names, got {(begin, step)!r}")
         if self.init_steps and self.delta is None:
             raise ValueError(f"init_steps are of delta activations, which this network has none of: {self.init_steps}")
         if self.penalty not in ("temporal", "tile", "spatial"):

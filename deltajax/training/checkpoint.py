@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import json
 import re
 import shutil
 import sys
@@ -21,7 +22,7 @@ from deltajax.training.config import TrainConfig
 from deltajax.training.step import TrainState
 
 # Keys whose change makes a checkpoint's arrays unusable or gives them another meaning.
-ARCHITECTURE = ("model.", "optimizer.name", "data.tokenizer")
+ARCHITECTURE = ("model.", "optimizer.name", "optimizer.trainable", "data.tokenizer")
 REST = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "params")
 
 
@@ -66,17 +67,25 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
-        """Leftovers of saves that never finished are removed unless `read_only`."""
+        """Leftovers of saves that never finished are removed unless `read_only`.
+
+        Raises:
+          RunError: `read_only` and there is no checkpoint, or else the loss of one cannot be read.
+        """
         self.directory = workdir.resolve() / "checkpoints"
-        self._abandoned = False
-        if read_only and not self.steps():
-            raise RunError(f"no checkpoint in {self.directory}")
+        self._abandoned, self._read_only = False, read_only
+        if read_only:
+            if not self.steps():
+                raise RunError(f"no checkpoint in {self.directory}")
+            return
         policy = AnyPreservationPolicy(
             [
                 LatestN(max(keep, 2)),
                 BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
+        for step in self.steps():
+            self._measured(step)  # Orbax reads all of them, and does not say which is damaged
         # Without best_fn Orbax would keep the metrics in memory only, and a resumed run would not know its best.
         self._manager = _Manager(
             self.directory,
@@ -84,8 +93,7 @@ class Checkpoints:
                 preservation_policy=policy,
                 best_fn=_loss,
                 best_mode="min",
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -95,10 +103,19 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdigit())
 
     def best_step(self) -> int:
-        """The step with the lowest validation loss, else the latest."""
-        losses = {step: self._manager.metrics(step) for step in self.steps()}
-        scored = {step: _loss(m) for step, m in losses.items() if m}
+        """The step with the lowest validation loss, else the latest.
+
+        Raises:
+          RunError: a loss cannot be read.
+        """
+        losses = {step: self._measured(step) for step in self.steps()}
+        scored = {step: loss for step, loss in losses.items() if loss is not None}
         return min(scored, key=scored.__getitem__) if scored else self.steps()[-1]
+
+    def _measured(self, step: int) -> float | None:
+        path = self.directory / str(step) / "metrics" / "metrics"
+        with self.reading(step):
+            return _loss(json.loads(path.read_text())) if path.exists() else None
 
     def save(
         self, step: int, state: TrainState, config: TrainConfig, progress: dict[str, Any], loss: float | None
@@ -153,7 +170,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save and free the threads."""
-        if self._abandoned:
+        if self._abandoned or self._read_only:
             return
         with self._failures("the last checkpoint"):
             self._manager.close()
@@ -170,7 +187,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState, config: TrainConfig) -> tuple[int, TrainState, dict] | None:
         """(step, state, progress) of the newest checkpoint that can be read; None if there is none at all.
 
-        One that cannot be read is reported, and set aside so that its step can be saved again.
+        One that cannot be read is reported, and unless `read_only` set aside so that its step can be saved again.
 
         Raises:
           RunError: there are checkpoints and none can be read.
@@ -200,7 +217,8 @@ class Checkpoints:
                         f"warning: checkpoint of step {torn} in {self.directory} cannot be read; using step {step}",
                         file=sys.stderr,
                     )
-                self._set_aside(torn)
+                if not self._read_only:
+                    self._set_aside(torn)
             return restored
         if problems:
             raise RunError(f"no checkpoint in {self.directory} can be read; {'; '.join(problems)}")
@@ -212,7 +230,7 @@ class Checkpoints:
         Raises:
           RunError: the checkpoint cannot be read.
         """
-        with self._reading(step):
+        with self.reading(step):
             params = self._read(step, "params", ocp.args.StandardRestore(params))
             if not jax.tree.leaves(stats):
                 return params, stats
@@ -228,7 +246,7 @@ class Checkpoints:
         Raises:
           RunError: the checkpoint cannot be read.
         """
-        with self._reading(step):
+        with self.reading(step):
             return self._read(step, "progress", ocp.args.JsonRestore())
 
     def _read(self, step: int, item: str, arguments: Any) -> Any:
@@ -260,7 +278,8 @@ class Checkpoints:
         self._manager.reload()
 
     @contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
+    def reading(self, step: int) -> Iterator[None]:
+        """Whatever is raised within becomes a RunError that says which checkpoint cannot be read."""
         try:
             yield
         except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise

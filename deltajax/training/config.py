@@ -39,7 +39,8 @@ class Optimizer:
       momentum: Muon's (Nesterov's) and that of "sgd" (heavy ball).
       clip_norm: largest global gradient norm; None: no clipping.
       trainable: paths of the parameters that are trained, each with all below it ("network.head"); (): all. The others stay
-        as they are, cost no gradient and have no moments. Their batch norms go on as in training.
+        as they are, cost no gradient and have no moments. Their batch norms go on as in training. A run keeps to it, as its
+        moments do; others begin from it (`init_from`).
     """
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
@@ -58,6 +59,13 @@ class Optimizer:
         _require_all(self, "> 0 and finite", lambda x: 0 < x < math.inf, "learning_rate", "eps")
         _require_all(self, ">= 0 and finite", lambda x: 0 <= x < math.inf, "weight_decay")
         _require_all(self, "in [0, 1)", lambda x: 0 <= x < 1, "b1", "b2", "momentum")
+        paths = self.trainable
+        require(
+            isinstance(paths, tuple) and all(isinstance(path, str) for path in paths),
+            "trainable",
+            paths,
+            "a tuple of paths",
+        )
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0 or none")
 
 

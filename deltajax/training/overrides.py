@@ -161,13 +161,28 @@ def _read(text: str, hint: Any) -> Any:
     if hint in (float, str):
         return hint(text)
     if hint is tuple or origin is tuple:
-        items = [item.strip() for item in text.strip("()").split(",") if item.strip()]
+        if arguments and typing.get_origin(arguments[0]) is tuple:
+            items = _split(text[1:-1] if text.startswith(("((", "()")) else text)
+        else:
+            items = _split(text.strip("()"))
         if not arguments or arguments[-1] is Ellipsis:
             return tuple(_read(item, arguments[0] if arguments else str) for item in items)
         if len(items) != len(arguments):
             raise ValueError
         return tuple(_read(item, argument) for item, argument in zip(items, arguments, strict=True))
     raise ValueError
+
+
+def _split(text: str) -> list[str]:
+    """What stands between the commas that are in no parentheses."""
+    items, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += character
+    return [item.strip() for item in items if item.strip()]
 
 
 def _reject() -> Any:
@@ -182,6 +197,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if hint is tuple or origin is tuple:
         inner = ", ".join("..." if a is Ellipsis else _describe(a) for a in arguments)
+        if arguments and typing.get_origin(arguments[0]) is tuple:
+            return f"a list (a,b),(a,b) ({inner})"
         return f"a comma-separated list ({inner})"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return names.get(hint, f"set in the experiment file ({hint})")

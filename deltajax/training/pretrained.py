@@ -70,8 +70,9 @@ def load(
 
 def _read(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh | None) -> Pretrained:
     progress = checkpoints.progress(step)
-    config = serialize.from_json(progress["config"])
-    module = registry.module_of(config.model)
+    with checkpoints.reading(step):
+        config = serialize.from_json(progress["config"])
+        module = registry.module_of(config.model)
     specs = module.param_specs(config.model)
     params, stats = abstract_params(specs), jax.eval_shape(lambda: module.init_stats(config.model))
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -95,7 +96,8 @@ def begin_from(path: Path, state: TrainState, model: Any) -> TrainState:
         origin = str(path)
     else:
         if not path.is_dir():
-            raise FileNotFoundError(f"init_from: {str(path)!r} does not exist")
+            problem = "is neither a run's folder nor a .safetensors file" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"init_from: {str(path)!r} {problem}")
         before = load(path, mesh=jax.tree.leaves(state.params)[0].sharding.mesh)
         old_params, old_stats, origin = before.params, before.stats, f"step {before.step} of {path}"
     taken = 0

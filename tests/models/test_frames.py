@@ -201,7 +201,9 @@ def test_steps_begin_where_their_place_says():
     assert steps["stages.0.0.1"] == 3 and steps["stages.0.0"] == 4
     for given, message in (
         ((("stage7", 1.0),), "no place begins with 'stage7'; places: input, stem"),
-        ((("stem", 0.0),), "init_step"),
+        ((("stem", 0.0),), r"init_steps must have steps > 0 for names, got \('stem', 0.0\)"),
+        ((("stem",),), "init_steps must be a tuple of"),
+        ([("stem", 1.0)], "init_steps must be a tuple of"),
     ):
         with pytest.raises(ValueError, match=message):
             frames.init(jax.random.key(0), dataclasses.replace(CONFIG, init_steps=given))

@@ -134,6 +134,35 @@ def test_torn_newest_checkpoint_falls_back(finished, tmp_path, run_train):
     assert Checkpoints(workdir, read_only=True).steps()[-1] == 12
 
 
+def test_other_parts_trained_in_the_same_workdir(tmp_path, run_train):
+    """Moments are of what is trained: no run goes on with those of other parameters, and nothing is lost."""
+    more = ("--config.optimizer.name=adamw", "--config.steps=4", "--config.optimizer.trainable=")
+    assert run_train(tmp_path, f"{more[0]}", "--config.steps=3", f"{more[2]}embed")[0] == 0
+    for parts in ("groups", ""):
+        code, _, err = run_train(tmp_path, *more[:2], more[2] + parts)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "optimizer.trainable: ('embed',) -> " in err
+    code, out, _ = run_train(tmp_path, *more[:2], f"{more[2]}embed")
+    assert (code, "continuing after step 3" in out) == (0, True)
+
+
+def test_what_a_checkpoint_says_of_itself_is_damaged(finished, tmp_path, run_train, capfd):
+    """A loss or config that cannot be read, which the one before does without; one line says which checkpoint it is."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    newest = workdir / "checkpoints" / "12"
+    (newest / "metrics" / "metrics").write_text("{")
+    for run in (lambda: run_train(workdir)[0], lambda: generate.main([*command, "--checkpoint=best"])):
+        command = ["generate", f"--workdir={workdir}", "--max_tokens=2"]
+        assert run() == 1
+    assert generate.main(command) == 0
+    file = newest / "progress" / "metadata"
+    file.write_text(file.read_text().replace('"mlp_dim"', '"mlp_dims"'))
+    capfd.readouterr()
+    assert generate.main(command) == 0
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "checkpoint of step 12 in" in error and "mlp_dims" in error
+
+
 def test_foreign_checkpoints(tmp_path, run_train, capfd):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     (tmp_path / "checkpoints" / "7" / "model.bin").write_bytes(b"foreign")

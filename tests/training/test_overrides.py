@@ -29,6 +29,7 @@ class Outer:
     kind: Literal["x", "y"] = "x"
     names: tuple[str, ...] = ("p", "q")
     pair: tuple[int, float] = (1, 2.0)
+    steps: tuple[tuple[str, float], ...] = ()
     text: str = "t"
     low: int = 0
     high: int = 1
@@ -54,6 +55,10 @@ class Outer:
         ("names", "r,s,t", ("r", "s", "t")),
         ("names", "(r,)", ("r",)),
         ("pair", "3,4e-1", (3, 0.4)),
+        ("steps", "(a,0.5),(b.c,4)", (("a", 0.5), ("b.c", 4.0))),
+        ("steps", "((a,0.5),(b.c,4))", (("a", 0.5), ("b.c", 4.0))),
+        ("steps", "(a,0.5)", (("a", 0.5),)),
+        ("steps", "()", ()),
         ("text", "a=b c", "a=b c"),
         ("text", "", ""),
     ],
@@ -72,6 +77,11 @@ def test_checks_see_only_the_final_values():
 @pytest.mark.parametrize(
     "path, text, parts",
     [
+        (
+            "steps",
+            "a,0.5",
+            ["--config.steps=a,0.5: must be a list (a,b),(a,b) (a comma-separated list (text, a number"],
+        ),
         ("inner.widht", "1", ["--config.inner.widht: no such key", "did you mean config.inner.width?", "width, rate"]),
         ("inne.width", "1", ["--config.inne: no such key", "did you mean config.inner?"]),
         ("width", "1", ["did you mean config.inner.width?"]),
