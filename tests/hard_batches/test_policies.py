@@ -48,7 +48,7 @@ def simulate(num_batches, delta, updates, loss_of, hardest=True):
     return indices
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 30), st.floats(0.05, 1), st.integers(1, 5), st.integers(0, 10**6), st.sampled_from([2, 1000]), st.booleans()
 )  # fmt: skip

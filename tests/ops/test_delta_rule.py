@@ -28,7 +28,7 @@ def _float64():
         yield
 
 
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, derandomize=True)
 @hypothesis.given(
     b=st.integers(1, 3),
     t=st.integers(0, 70),
