@@ -147,7 +147,9 @@ def main(_):
                 for metric in ("element_sparsity", "tile_sparsity", "frames_per_second"):
                     table.append({**about, "position": t, "metric": metric, "value": f"{row[metric]:.6g}"})
     if _TABLE.value:
-        with open(_TABLE.value, "w", newline="") as file:
+        path = Path(_TABLE.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)

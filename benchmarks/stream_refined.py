@@ -89,7 +89,9 @@ def main(_):
     if not rows:
         raise app.UsageError(f"--workdir={_WORKDIR.value}: no run of {_CONFIG.value} is in it")
     if _TABLE.value:
-        with open(_TABLE.value, "w", newline="") as file:
+        path = Path(_TABLE.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
