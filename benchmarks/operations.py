@@ -16,5 +16,5 @@ def computed(runner: stream.Stream, counts: Any) -> float:
         each = sum(own[name].size for name in ("kernel", "shortcut") if name in own)
         of_map = each * math.prod(runner.sizes[node.name][:2])
         share = 1.0 if count == stream.DENSE else count / runner.tile_counts[node.name]
-        done, total = done + of_map * min(1.0, share), total + of_map
+        done, total = done + of_map * share, total + of_map
     return done / total

@@ -51,8 +51,10 @@ def load(
       RunError: there is no checkpoint, or none can be read.
     """
     with contextlib.closing(Checkpoints(Path(workdir), read_only=True)) as checkpoints:
-        steps = [checkpoints.best_step()] if checkpoint == "best" else checkpoints.steps()[::-1]
-        for step in distributed.on_first(lambda: steps):
+        steps = distributed.on_first(
+            lambda: [checkpoints.best_step()] if checkpoint == "best" else checkpoints.steps()[::-1]
+        )
+        for step in steps:
             found, problem = None, None
             try:
                 found = _read(checkpoints, step, mesh)
