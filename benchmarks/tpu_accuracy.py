@@ -28,7 +28,7 @@ from absl import app, flags
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import table
-from pallas_kernels import tpu
+from pallas_kernels import tpu_chunk
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "ops"))
 from delta_rule_cases import draw, evaluate, relative_rms
@@ -64,7 +64,7 @@ def _thirds(x):
 def _interpreted(passes: bool) -> Iterator[None]:
     with (
         pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()),
-        mock.patch.object(tpu, "float32_product", float32_product) if passes else nullcontext(),
+        mock.patch.object(tpu_chunk, "float32_product", float32_product) if passes else nullcontext(),
     ):
         yield
 
