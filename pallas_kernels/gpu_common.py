@@ -14,19 +14,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import manual_axes
+
 ROWS = 64  # the rows of one wgmma, of a block and of a chunk
 bf16, f32 = jnp.bfloat16, jnp.float32
 
 
 def call(body, name, inputs, outputs, grid, scratch):
-    """Runs `body(indices of the CTA, refs of inputs, of outputs, *scratch)`; grid: axis name -> size, the last runs fastest."""
+    """Runs `body(indices of the CTA, refs of inputs, of outputs, *scratch)`; grid: axis name -> size, the last runs fastest.
+
+    Results vary over every manual mesh axis over which an input does; `plgpu.kernel` itself says that they vary over none.
+    """
 
     def kernel(*refs):
         refs, scratch = refs[: len(inputs) + len(outputs)], refs[len(inputs) + len(outputs) :]
         cta = [jax.lax.axis_index(axis) for axis in grid]
         body(cta, refs[: len(inputs)], refs[len(inputs) :], *scratch)
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
         grid=tuple(grid.values()),
@@ -34,6 +39,7 @@ def call(body, name, inputs, outputs, grid, scratch):
         kernel_name=f"delta_product_{name}",
         scratch_types=scratch,
     )(*inputs)
+    return [manual_axes.vary_alike(x, *inputs)[0] for x in results]
 
 
 def rows_of(index, count=ROWS):
@@ -46,8 +52,12 @@ def unknown_zero():
 
 
 def load(ref):
-    """From global memory to registers; jax 0.11 has no "optimized" way."""
-    return plgpu.load(ref, optimized=False)
+    """From global memory to registers; jax 0.11 has no "optimized" way.
+
+    Times one, which costs nothing: inside shard_map an argument's reference says over which mesh axes it varies, no other
+    number in a kernel does, and a loop's carry must not change in that; what is computed from it does not say so any more.
+    """
+    return 1.0 * plgpu.load(ref, optimized=False)
 
 
 def square(*shape, dtype=bf16):

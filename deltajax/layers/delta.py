@@ -13,7 +13,6 @@ from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
 from deltajax.ops import IMPLEMENTATIONS, delta_product, delta_product_step
-from deltajax.ops.delta_rule.api import knows_manual_axes
 from deltajax.ops.over_mesh import over_mesh, spread_over
 from deltajax.ops.zero_state import zero_state
 
@@ -202,4 +201,4 @@ def _mix(q, k, v, beta, g, segment_ids, implementation):
         return o
 
     layouts = ("BTH.", "BT.H.", "BT.H.", "BT.H", "BTH" if g is None or g.ndim == 3 else "BTH.", "BT")
-    return over_mesh(mix, layouts, "BTH.", check_vma=knows_manual_axes(implementation))(q, k, v, beta, g, segment_ids)
+    return over_mesh(mix, layouts, "BTH.")(q, k, v, beta, g, segment_ids)

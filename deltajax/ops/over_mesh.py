@@ -28,7 +28,7 @@ def spread_over(logical: str) -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS[logical] if axis in _free_axes(mesh))
 
 
-def over_mesh(f: Callable, layouts: tuple[str, ...], out: str, *, check_vma: bool = True) -> Callable:
+def over_mesh(f: Callable, layouts: tuple[str, ...], out: str) -> Callable:
     """`f(*arrays, sequence_axis=...)` on each device's part of the arrays, as a function of the whole arrays.
 
     Args:
@@ -36,7 +36,6 @@ def over_mesh(f: Callable, layouts: tuple[str, ...], out: str, *, check_vma: boo
       layouts: of each array, a character per axis: B, T and H are batch, tokens and heads, others stay whole. An array may be
         None. A logical axis is spread only if its devices divide the size wherever it occurs.
       out: layout of the result.
-      check_vma: as in `jax.shard_map`; GPU kernels need False.
     """
 
     def mapped(*arrays: Array | None) -> Any:
@@ -56,7 +55,6 @@ def over_mesh(f: Callable, layouts: tuple[str, ...], out: str, *, check_vma: boo
             in_specs=tuple(None if x is None else spec(layout) for x, layout in zip(arrays, layouts, strict=True)),
             out_specs=spec(out),
             axis_names=set(_auto_axes(mesh)),  # those of one device too: Mosaic kernels want all of a mesh or none
-            check_vma=check_vma,
         )(*arrays)
 
     return mapped

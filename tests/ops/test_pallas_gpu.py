@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from delta_rule_cases import NAMES, compare, draw
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import gpu_machine_code
 from deltajax.ops import delta_product
@@ -93,6 +94,44 @@ def test_lowers_for_an_h100(arguments, vmapped):
     expected = {"scan", "backward_scan", *(f"channel_{name}" if channels else name for name in kernels)}
     found = set(re.findall(r"delta_product_(\w+)", lower(arguments, vmapped)))
     assert expected <= found, found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sequence_axis", "moves"),
+    [
+        (shapes(300, 2, 4, 8, 64, 128, "scalar"), None, 0),
+        (shapes(300, 1, 4, 8, 128, 64, "channel"), None, 0),
+        (shapes(300, 3, 4, 4, 64, 64, None), None, 0),
+        (shapes(300, 2, 4, 8, 64, 128, "scalar"), "data", 4),
+    ],
+)
+def test_inside_shard_map(arguments, sequence_axis, moves):
+    """Batch or tokens, and heads, over four H100s: each does its part, and only the gradient of what all share is summed.
+
+    Where tokens are spread, what the first half leaves behind moves on and its gradient moves back.
+    """
+    mesh = jax.sharding.AbstractMesh(
+        (2, 2), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2, abstract_device=gpu_machine_code.H100
+    )
+    tokens = P(None, "data") if sequence_axis else P("data", None)
+    by_token, rows = P(*tokens, "tensor"), P(*tokens, None, "tensor")
+    specs = (by_token, rows, rows, rows, by_token)[: len(arguments)]
+    batches = [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in arguments]
+
+    def run(scale, *arguments):
+        return delta_product(*arguments, scale=scale, implementation="pallas_gpu", sequence_axis=sequence_axis)[0]
+
+    def loss(*arguments):
+        return jnp.sum(jax.shard_map(run, mesh=mesh, in_specs=(P(), *specs), out_specs=by_token)(*arguments) ** 2)
+
+    gradient = jax.grad(loss, argnums=range(1 + len(arguments)))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(gradient).trace(jax.ShapeDtypeStruct((), "float32"), *batches)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert {"scan", "backward_scan"} <= set(re.findall(r"delta_product_(\w+)", text))
+    kinds = "all_reduce|all_gather|all_to_all|reduce_scatter|collective_permute|collective_broadcast"
+    collectives = re.findall(rf"stablehlo\.({kinds})", text)
+    assert sorted(collectives) == ["all_reduce", *["collective_permute"] * moves], collectives  # of scale
 
 
 @pytest.mark.parametrize(

@@ -187,11 +187,6 @@ def _candidates(implementation: str | Sequence[str] | None) -> Sequence[str]:
     return names
 
 
-def knows_manual_axes(implementation: str | Sequence[str] | None) -> bool:
-    """Whether all implementations tried may stand in a `shard_map` with `check_vma`; GPU kernels do not say what varies."""
-    return "pallas_gpu" not in _candidates(implementation)
-
-
 _AXES = {
     "q": "B T H K", "k": "B T R H K", "v": "B T R HV V", "beta": "B T R HV", "g": "B T HV", "g per channel": "B T HV K",
     "state": "B HV K V", "initial_state": "B HV K V", "segment_ids": "B T",
