@@ -4,6 +4,9 @@ What a process that is gone does to the others depends: Gloo's collectives fail 
 hang on those that wait for one of these; JAX's own heartbeat ends everybody 100 s later, in words of its own. So the first that
 sees a collective fail calls the roll, in the key-value store of JAX's runtime. A thread of every process answers, and speaks and
 ends the process if its main thread hangs. Nothing here notices a failure by itself: where none sees one, the heartbeat remains.
+
+JAX aborts all others when the first process ends, so that one goes last: when all who answered have said what they had to say.
+Time is counted in rests, not by the clock: a process that is starved or stopped for a while would otherwise find everybody late.
 """
 
 import json
@@ -12,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,13 +23,16 @@ from jax._src import distributed as runtime  # its barriers with a time-out and 
 
 from deltajax.training import distributed
 
-CALLED, PRESENT, VERDICT = "deltajax_roll/called", "deltajax_roll/present/", "deltajax_roll/verdict"
+CALLED, VERDICT = "deltajax_roll/called", "deltajax_roll/verdict"
+PRESENT, SAID = "deltajax_roll/present/", "deltajax_roll/said/"  # followed by a process's index
 STATUS = (
     "UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION|DATA_LOSS"  # of XLA's errors
 )
 POLL_SECONDS = 1.0
+REST_SECONDS = 0.1
 ANSWER_SECONDS = 5.0  # that others have to answer
 LEAVING_SECONDS = 5.0  # that a process whose run failed waits for the others to say the same
+LAST_SECONDS = 60.0  # that the first process waits, at most, for the others to have spoken
 
 
 class Attendance:
@@ -76,19 +82,28 @@ class Attendance:
         _client().key_value_set(f"{PRESENT}{jax.process_index()}", "", allow_overwrite=True)
 
     def _describe(self, gone: list[int], error: Exception | None) -> str:
-        count = jax.process_count()
-        if gone:
+        me, count = jax.process_index(), jax.process_count()
+        if me in gone:
+            names = f"process {me} of {count} did not answer for {ANSWER_SECONDS:.0f} s; the others have given it up"
+        elif gone:
             one = len(gone) == 1
             names = f"process{'' if one else 'es'} {', '.join(map(str, gone))} of {count} {'is' if one else 'are'} gone"
         else:
             reason = str(error).splitlines()[0] if error else "another process failed"
-            names = f"process {jax.process_index()} of {count}: {reason}"
+            names = f"process {me} of {count}: {reason}"
         return f"{names}; {self._kept()}; to continue start all of them again"
 
 
-def is_of_runtime(error: Exception) -> bool:
-    """Whether JAX's runtime failed, such as a collective; some ways of reading an array make a ValueError of that."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or bool(re.match(f"({STATUS}): ", str(error)))
+def is_of_runtime(error: BaseException | None) -> bool:
+    """Whether JAX's runtime failed, such as a collective; some ways of reading an array make a ValueError of that.
+
+    So it is if that was the cause: the collectives in which Orbax starts a save fail as "could not be written".
+    """
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or re.match(f"({STATUS}): ", str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def leave(code: int) -> None:
@@ -110,8 +125,15 @@ def leave(code: int) -> None:
 
 
 def _leave_others(code: int) -> None:
+    """End this process, which has said what it had to say; the first one waits for the others."""
+    client = _client()
+    client.key_value_set(f"{SAID}{jax.process_index()}", "", allow_overwrite=True)
     if distributed.is_first():
-        time.sleep(LEAVING_SECONDS)  # the others are aborted when it goes, and may have a last word
+        there = set(range(jax.process_count())) - set(json.loads(_read(client, VERDICT) or "[]"))
+        for _ in _rests(LAST_SECONDS):
+            if _who(client, SAID) >= there:
+                break
+        time.sleep(POLL_SECONDS)  # from a last word to the end of its process
     _end(code)
 
 
@@ -122,16 +144,26 @@ def _end(code: int) -> None:
 
 def _close_the_roll(client: Any) -> list[int]:
     """Processes that did not answer in time, the same list for everybody who asks."""
-    deadline = time.monotonic() + ANSWER_SECONDS
-    everybody = set(range(jax.process_count()))
-    while True:
-        verdict = _read(client, VERDICT)
-        if verdict is not None:
-            return json.loads(verdict)
-        present = {int(key.removeprefix(PRESENT)) for key, _ in client.key_value_dir_get(PRESENT)}
-        if present == everybody or time.monotonic() > deadline:
-            _publish(client, sorted(everybody - present))
-        time.sleep(0.1)
+    everybody, present = set(range(jax.process_count())), set[int]()
+    for _ in _rests(ANSWER_SECONDS):
+        present = _who(client, PRESENT)
+        if present == everybody or _read(client, VERDICT) is not None:
+            break
+    _publish(client, sorted(everybody - present))
+    verdict = _read(client, VERDICT)
+    assert verdict is not None  # ours or that of a faster one
+    return json.loads(verdict)
+
+
+def _rests(seconds: float) -> Iterator[None]:
+    for _ in range(round(seconds / REST_SECONDS)):
+        yield
+        time.sleep(REST_SECONDS)
+
+
+def _who(client: Any, key: str) -> set[int]:
+    """Processes that have set their key."""
+    return {int(name.removeprefix(key)) for name, _ in client.key_value_dir_get(key)}
 
 
 def _publish(client: Any, gone: list[int]) -> None:

@@ -53,7 +53,7 @@ def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
             raise RunError(f"interrupted; {checkpoints.kept()}, the same command continues") from None
         except UnrankableLoss as error:
             raise RunError(f"{error}; {checkpoints.kept()}") from None
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
+        except (jax.errors.JaxRuntimeError, ValueError, RunError) as error:
             if jax.process_count() == 1 or not is_of_runtime(error):
                 raise
             checkpoints.abandon()

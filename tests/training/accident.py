@@ -1,8 +1,8 @@
 """The training command line with an accident at an exact moment: `accident.py WHAT STEP <flags of deltajax.train>`.
 
 WHAT: `kill` and `interrupt`, `terminate` (SIGKILL, SIGINT, SIGTERM) when the row of STEP is written; `kill_saved`, the same as
-`kill` once the save of the step before it has ended; `kill_in_save` and
-`kill_before_commit` (SIGKILL) when the checkpoint of STEP is being written and when it is about to get its final name;
+`kill` once the save of the step before it has ended; `kill_at_save`, `kill_in_save` and `kill_before_commit` (SIGKILL) when
+all are to start the save of STEP together, when it is being written and when it is about to get its final name;
 `full` (no file may grow past a few kB) from STEP on.
 """
 
@@ -57,6 +57,16 @@ def after_start(save):
     return wrapped
 
 
+def before_start(save):
+    """What Orbax does to start a save, after the accident: the others are in its first barrier or soon will be."""
+
+    def wrapped(self, at, **arguments):
+        now(at)
+        return save(self, at, **arguments)
+
+    return wrapped
+
+
 def before_rename(event, arguments):
     """Python announces every rename; the one that commits a checkpoint is called off."""
     if event == "os.rename" and os.fspath(arguments[1]).rstrip("/").endswith(f"checkpoints/{step}"):
@@ -65,6 +75,8 @@ def before_rename(event, arguments):
 
 if what == "kill_in_save":
     checkpoint.Checkpoints.save = after_start(checkpoint.Checkpoints.save)  # type: ignore[method-assign]
+elif what == "kill_at_save":
+    checkpoint._Manager.save = before_start(checkpoint._Manager.save)
 elif what == "kill_before_commit":
     sys.addaudithook(before_rename)
 else:

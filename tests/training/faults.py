@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python tests/training/faults.py [--rounds=10] [--seed=0] [--csv=benchmarks/results/faults.csv]
 
-Half of the kills come when a drawn process has done a drawn step, half in a save: while arrays are written (any process) or just
-before the checkpoint gets its final name (the first process, which does that). All starts are of one run, so every start
-continues what the kill before left; a row holds the steps done until then, compared with the undisturbed run. CI does one kill
-of each kind, drawn anew every time (`test_processes.py`).
+Half of the kills come when a drawn process has done a drawn step, half in a save: when all start it together or while arrays are
+written (any process), or just before the checkpoint gets its final name (the first process, which does that). All starts are of
+one run, so every start continues what the kill before left; a row holds the steps done until then, compared with the undisturbed
+run. CI does one kill of each half, drawn anew every time (`test_processes.py`).
 """
 
 import os
@@ -42,8 +42,8 @@ def main(_: list[str]) -> None:
             plan.append(("kill", step, draw.randrange(4)))
         else:
             step = (step // EVERY + 1) * EVERY
-            what = draw.choice(["kill_in_save", "kill_before_commit"])
-            plan.append((what, step, draw.randrange(4) if what == "kill_in_save" else 0))
+            what = draw.choice(["kill_at_save", "kill_in_save", "kill_before_commit"])
+            plan.append((what, step, 0 if what == "kill_before_commit" else draw.randrange(4)))
     steps = step + EVERY
     rows = []
     with tempfile.TemporaryDirectory() as folder:

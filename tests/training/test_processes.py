@@ -41,8 +41,8 @@ def test_killed_full_torn_and_moved(tmp_path):
 
     step = draw.choice([9, 13])
     assert set(four(draw.randrange(4), "kill_saved", step)) <= {step - 1}
-    what = draw.choice(["kill_in_save", "kill_before_commit"])
-    four(draw.randrange(4) if what == "kill_in_save" else 0, what, step + 3)
+    what = draw.choice(["kill_at_save", "kill_in_save", "kill_before_commit"])
+    four(0 if what == "kill_before_commit" else draw.randrange(4), what, step + 3)
     assert steps()[-1] in (step - 1, step + 3)  # the other three may just have written everything
 
     def two(*accidents: tuple[str, int]) -> list[Ended]:

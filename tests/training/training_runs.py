@@ -103,13 +103,26 @@ def assert_killed(ended: list[Ended], victim: int) -> list[int]:
     Returns:
       The last good checkpoint, as each of the others named it.
     """
-    assert ended[victim].code == -signal.SIGKILL, ended
-    others = [process for process in ended if process is not ended[victim]]
-    if victim == 0:
-        assert all(process.code for process in others), ended
-        return []
-    said = r"error: process (\d) of (\d) is gone; last good checkpoint: step (\d+); to continue start all of them again"
-    found = [re.fullmatch(said, *process.messages) for process in others]
-    assert all(process.code == 1 for process in others) and all(found), ended
-    assert all(match.groups()[:2] == (str(victim), str(len(ended))) for match in found if match), ended
-    return [int(match[3]) for match in found if match]
+    assert ended[victim].code == -signal.SIGKILL, f"process {victim} was to be killed; {_described(ended)}"
+    kept = []
+    for index, process in enumerate(ended):
+        if index == victim:
+            continue
+        if victim == 0:
+            aborted = process.code in (-signal.SIGABRT, 1)
+            assert aborted, f"process {index} should have been aborted by JAX; {_described(ended)}"
+            continue
+        gone = rf"error: process {victim} of {len(ended)} is gone"
+        said = rf"{gone}; last good checkpoint: step (\d+); to continue start all of them again"
+        found = re.fullmatch(said, "\n".join(process.messages))
+        assert found and process.code == 1, f"process {index} should say {gone!r}, code 1; {_described(ended)}"
+        kept.append(int(found[1]))
+    return kept
+
+
+def _described(ended: list[Ended]) -> str:
+    """Code, messages and the end of the log of every process."""
+    return "".join(
+        f"\nprocess {index}: code {process.code}, said {process.messages or 'nothing'}; its log ends: {process.err[-1500:]}"
+        for index, process in enumerate(ended)
+    )
