@@ -190,7 +190,11 @@ def settings() -> dict[str, str]:
     ptxas = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
     if "CUDA_ROOT" not in os.environ and not list(Path(sys.prefix).glob("lib/*/site-packages/nvidia/cu*/bin/ptxas")):
         found |= {"CUDA_ROOT": str(Path(ptxas).resolve().parents[1])} if Path(ptxas).exists() else {}
-    return found | ({"JAX_PLATFORMS": "cpu"} if _REHEARSE.value else {"JAX_PLATFORMS": "cuda,cpu"})
+    rehearsal = {
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "16",
+    }  # threads for the interpreter's warpgroups, which wait for each other
+    return found | (rehearsal if _REHEARSE.value else {"JAX_PLATFORMS": "cuda,cpu"})
 
 
 def _main(cleanup: contextlib.ExitStack):

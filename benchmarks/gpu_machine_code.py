@@ -7,8 +7,9 @@
 The kernels of a gradient (B1 T8192, bfloat16) go through Mosaic GPU, LLVM and ptxas to code for sm_90a. The compiler asks a
 driver for nothing but the device's compute capability: a stub, built with `cc`, answers. "issue cycles" are the stall
 counts that ptxas wrote into the instructions, added up: over one pass through the code (its loops once), for the scans over
-one block of rows (their loop). It is the least that the instructions of a warp take to issue: no wait for memory, barriers or
-tensor cores is in it. These are facts about code, not times.
+one block of rows (the loop of the warpgroup that goes from state to state). It is the least that the instructions of a warp
+take to issue: no wait for memory, barriers or tensor cores is in it. "barriers" and "wgmmas" are those on the same way. These
+are facts about code, not times.
 """
 
 import os
@@ -125,17 +126,20 @@ def facts(files: dict[str, str], shared: int, of_loop: bool) -> dict[str, int]:
     spills = max(map(int, re.findall(r"(\d+) bytes spill stores", files["ptxas"])))
     lines = files["sass_ctrl"].splitlines()
     labels = {line.split(":")[0].strip(): n for n, line in enumerate(lines) if line.startswith(".L")}
-    jumps = ((re.search(r"BRA `\((\.L\w+)\)", line), n) for n, line in enumerate(lines))
+    jumps = ((re.search(r"@!?U?P\d BRA `\((\.L\w+)\)", line), n) for n, line in enumerate(lines))
     loops = [(labels[jump[1]], n) for jump, n in jumps if jump and labels[jump[1]] < n]
     first, last = max(loops, key=lambda loop: loop[1] - loop[0]) if of_loop else (0, len(lines))
-    issue = re.findall(r":(\d\d) +/\*[0-9a-f]{4,}\*/", "\n".join(lines[first : last + 1]))
+    threads = 256 if of_loop else 128  # a scan has two warpgroups
+    way = "\n".join(lines[first : last + 1])
+    issue = re.findall(r":(\d\d) +/\*[0-9a-f]{4,}\*/", way)
     return {
         "registers": int(registers),
         "spilled_bytes": spills,
         "shared_bytes": shared,
-        "ctas_per_sm": min(SHARED_BYTES // (shared + 1024), REGISTERS // (128 * int(registers))),
+        "ctas_per_sm": min(SHARED_BYTES // (shared + 1024), REGISTERS // (threads * int(registers))),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/", files["sass_ctrl"])),
-        "wgmmas": len(re.findall("HGMMA", files["sass_ctrl"])),
+        "wgmmas": len(re.findall("HGMMA", way)),
+        "barriers": len(re.findall(r"BAR\.SYNC", way)),
         "issue_cycles": sum(map(int, issue)),
     }
 

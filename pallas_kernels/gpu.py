@@ -1,12 +1,12 @@
-"""The chunked delta product as GPU kernels (Pallas on Mosaic GPU, for Hopper): `gpu_forward` and `gpu_backward` have them.
+"""The chunked delta product as GPU kernels (Pallas on Mosaic GPU, for Hopper): `gpu_blocks`, `gpu_scan`, `gpu_backward`.
 
 Rows of keys and values go in blocks of 64; tokens, i.e. queries, in chunks of 64, which are R blocks. With S the state before a
 block and D_ij the gates of rows after j up to i, per head (arXiv 2406.06484, section 3.2; 2412.06464, section 3.3)::
 
-    A = strict_tril(beta_i (k_i . k_j) exp(D_ij))                                inverses: all blocks at once
-    V' = (I + A)^-1 beta (V - exp(D_i,start) K S)                                scan: block by block
+    A = strict_tril(beta_i (k_i . k_j) exp(D_ij)),   P_tj = (q_t . k_j) exp(D_tj)         all blocks at once
+    V' = (I + A)^-1 beta (V - exp(D_i,start) K S)                                         the scan: block by block
     S <- exp(D_end,start) S + K^T (exp(D_end,j) V')
-    O = scale (exp(D_t,start) Q S + P V'),   P_tj = (q_t . k_j) exp(D_tj)        outputs: all chunks at once
+    O = scale (exp(D_t,start) Q S + P V')                                                 beside the scan
 
 V' does not depend on how rows are cut into blocks. So outputs may be read in chunks of 64 queries from the state that a chunk
 starts with, whatever R is: no product has fewer than 64 rows, and nothing that has to do with queries is padded.
@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax._src import config
 
-from pallas_kernels import gpu_backward, gpu_channel, gpu_forward
+from pallas_kernels import gpu_backward, gpu_channel
+from pallas_kernels.gpu_blocks import inverses_and_scores
 from pallas_kernels.gpu_common import ROWS
+from pallas_kernels.gpu_scan import scan
 
 SIZES = (64, 128, 256)  # of K and V; others are padded with zeros
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
@@ -34,39 +36,39 @@ LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay
 class Blocks:
     """How the work is cut; `for_shape` chooses.
 
-    columns: of the state (of V) that one CTA of the scans holds: 32 or 64. Fewer make more CTAs, each of which reads the keys.
+    columns: of the state (of V) that one CTA of the scans holds: 16, 32 or 64. Fewer make more CTAs, which all read the keys.
     stages: blocks of rows that a scan has in shared memory, 2 or more; the others than the current one are on their way.
     late_stages: of what a block needs last: as many, or 1, which then arrives while the block begins.
-    output_columns: of O that one CTA of `outputs` computes: 64 or 128.
+    places: of a block's state and solution, 1 or 2: with 2 outputs are made and stored while the scan is at the next block.
     """
 
     columns: int
     stages: int
     late_stages: int
-    output_columns: int
+    places: int
 
     def __post_init__(self):
         """Check the ranges."""
-        for name, allowed in (("columns", (32, 64)), ("stages", (2, 3, 4)), ("output_columns", (64, 128))):
+        for name, allowed in (("columns", (16, 32, 64)), ("stages", (2, 3, 4)), ("places", (1, 2))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)}")
         if self.late_stages not in (1, self.stages):
             raise ValueError(f"late_stages must be 1 or stages = {self.stages}, got {self.late_stages}")
 
     def of_scan(self) -> dict[str, int]:
-        """What `gpu_forward.scan` takes."""
-        return {name: getattr(self, name) for name in ("columns", "stages", "late_stages")}
+        """What `scan` takes."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def for_shape(cls, batch: int, value_heads: int, key_dim: int, value_dim: int, channels: bool) -> "Blocks":
-        """The scans' CTAs fill 132 SMs if they can; where they do, two share an SM, each waiting while the other computes.
+        """One of a scan's CTAs fits an SM: as many as there are SMs if possible, and wider ones where more would come in turns.
 
         With channel gates a scan holds two arrays of keys, so two stages; at K = 256 only one place for the second fits.
         """
-        columns = 64 if key_dim == 64 and batch * value_heads * value_dim // 64 >= 132 else 32
-        many = batch * value_heads * value_dim // columns > 132
-        stages = 2 if many or channels or key_dim == 256 else 3
-        return cls(columns, stages, 1 if channels and key_dim == 256 else stages, min(128, value_dim))
+        columns = 64 if key_dim == 64 and batch * value_heads * value_dim // 32 > 132 else 32
+        if key_dim < 256:
+            return cls(columns, stages=2 if channels else 3, late_stages=2 if channels else 3, places=2)
+        return cls(columns=16, stages=2, late_stages=1, places=1) if channels else cls(columns, 2, 2, places=1)
 
 
 def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
@@ -157,16 +159,19 @@ def _operands(beta, gates, steps):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _run(q, k, v, operands, state, scale, blocks):
     """(o, last state) from whole chunks: q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], state [B, HV, K, V]."""
-    return _run_forward(q, k, v, operands, state, scale, blocks)[0]
+    return _forward(False, q, k, v, operands, state, scale, blocks)[0]
 
 
-def _run_forward(q, k, v, operands, state, scale, blocks):
+def _run_forward(*arguments):
+    return _forward(True, *arguments)
+
+
+def _forward(keep, q, k, v, operands, state, scale, blocks):
     rows, weights, tokens = operands
-    inverses = gpu_forward.inverses(k, rows)
-    cut = blocks.of_scan()
-    v_new, states, last = gpu_forward.scan(k, v, inverses, weights, state, **cut, reverse=False)
-    o = gpu_forward.outputs(q, k, v_new, states, tokens, scale=scale, columns=blocks.output_columns)
-    return (o, last), (q, k, v, operands, inverses, v_new, states)
+    inverses, p = inverses_and_scores(q, k, rows, tokens)
+    queries = {"q": q, "p": p, "tokens": tokens if rows.shape[-2] > 1 else None, "scale": scale}
+    out = scan(k, v, inverses, weights, state, **blocks.of_scan(), keep=keep, **queries)
+    return (out["o"], out["last"]), (q, k, v, operands, inverses, out.get("y"), out.get("states"))
 
 
 def _run_backward(scale, blocks, residuals, cotangents):
@@ -177,11 +182,8 @@ def _run_backward(scale, blocks, residuals, cotangents):
     )
     w_in, _, w_out, total = jnp.moveaxis(weights, -2, 0)
     reverse_weights = jnp.stack([jnp.ones_like(w_in), w_out, weights[..., 1, :], total], axis=-2)
-    cut = blocks.of_scan()
-    dsolved, dstates, dstate = gpu_forward.scan(
-        k, dv_new, inverses, reverse_weights, dlast, **cut, reverse=True, extra=dstarts
-    )
-    dk_rows, dv, of_rows = gpu_backward.rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights)
+    out = scan(k, dv_new, inverses, reverse_weights, dlast, **blocks.of_scan(), extra=dstarts)
+    dk_rows, dv, of_rows = gpu_backward.rows_backward(k, v, v_new, out["y"], states, out["states"], rows, weights)
     drows, dweights, dtokens = of_rows[..., 4:5, :], of_rows[..., :4, :], dfrom_start[..., None, :]
     if rows.shape[-2] > 1:
         over_tokens = over_tokens.swapaxes(2, 3).reshape(*tokens.shape[:2], ROWS, -1, tokens.shape[2]).sum(3)
@@ -189,7 +191,7 @@ def _run_backward(scale, blocks, residuals, cotangents):
         dtokens = jnp.stack([dfrom_start, of_gates], axis=-2)
         drows = jnp.stack([of_rows[..., 4, :], _gates_met(of_rows[..., 5, :], of_rows[..., 6, :])], axis=-2)
     dq, dk = _per_key_head(q, dq), _per_key_head(k, dk, dk_rows)
-    return dq, dk, dv, (drows, dweights, dtokens), dstate
+    return dq, dk, dv, (drows, dweights, dtokens), out["last"]
 
 
 def _gates_met(by_query, by_key):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu_forward
+from pallas_kernels.gpu_blocks import put_inverse
 from pallas_kernels.gpu_common import (
     ROWS,
     along_rows,
@@ -32,6 +32,7 @@ from pallas_kernels.gpu_common import (
     unknown_zero,
     writer,
 )
+from pallas_kernels.gpu_scan import scan
 
 
 def delta_product(q, k, v, beta, g_tokens, g_rows, state, *, scale, blocks):
@@ -98,20 +99,24 @@ def scores(x, k, g):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
 def _run(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
     """(o, last state); a is A / beta in float32, p is P in bfloat16, both [B, S, HV, 64, 64]; totals [B, S, HV, K]."""
-    return _run_forward(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks)[0]
+    return _forward(False, q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks)[0]
 
 
 def _weights(*kinds):
     return jnp.stack(jnp.broadcast_arrays(*kinds), axis=-2)
 
 
-def _run_forward(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
+def _run_forward(*arguments):
+    return _forward(True, *arguments)
+
+
+def _forward(keep, q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
     inverses = _inverses(a, beta)
     weights = _weights(beta, -beta, jnp.ones_like(beta), jnp.ones_like(beta))
-    cut = {**blocks.of_scan(), "k_out": k_end, "totals": totals}
-    v_new, states, last = gpu_forward.scan(k_start, v, inverses, weights, state, **cut, reverse=False)
-    o = _outputs(q_start, p, v_new, states, scale, blocks.output_columns)
-    return (o, last), (q_start, k_start, k_end, v, beta, a, p, totals, inverses, v_new, states)
+    cut = {**blocks.of_scan(), "k_out": k_end, "totals": totals, "keep": keep}
+    out = scan(k_start, v, inverses, weights, state, **cut, q=q_start, p=p, scale=scale)
+    residuals = (q_start, k_start, k_end, v, beta, a, p, totals, inverses, out.get("y"), out.get("states"))
+    return (out["o"], out["last"]), residuals
 
 
 def _run_backward(scale, blocks, residuals, cotangents):
@@ -120,12 +125,10 @@ def _run_backward(scale, blocks, residuals, cotangents):
     dq, dp, dv_new, dstarts = _outputs_backward(q_start, p, v_new, states, do, scale)
     weights = _weights(jnp.ones_like(beta), jnp.ones_like(beta), -beta, jnp.ones_like(beta))
     cut = {**blocks.of_scan(), "k_out": k_start, "totals": totals}
-    dsolved, dstates, dstate = gpu_forward.scan(
-        k_end, dv_new, inverses, weights, dlast, **cut, reverse=True, extra=dstarts
-    )
-    gradients = _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta)
+    out = scan(k_end, dv_new, inverses, weights, dlast, **cut, extra=dstarts)
+    gradients = _rows_backward(k_start, v, v_new, out["y"], states, out["states"], a, beta)
     dk_start, dk_end, dv, da, dbeta, dtotals = gradients
-    return dq, dk_start, dk_end, dv, dbeta, da, dp.astype(bf16), dtotals, dstate
+    return dq, dk_start, dk_end, dv, dbeta, da, dp.astype(bf16), dtotals, out["last"]
 
 
 _run.defvjp(_run_forward, _run_backward)
@@ -138,59 +141,11 @@ def _inverses(a, beta):
         b, block, h = cta
         i, j = row_and_column()
         exact = jnp.where(i > j, along_rows(load(inputs[1].at[b, block, h])) * load(inputs[0].at[b, block, h]), 0.0)
-        gpu_forward.put_inverse(exact, outputs[0].at[b, block, h], *work)
+        put_inverse(exact, outputs[0].at[b, block, h], *work)
 
     shape = (batch, blocks, heads, ROWS, 2 * ROWS)
     grid = {"batch": batch, "block": blocks, "head": heads}
-    return call(body, "channel_inverses", (a, beta), [(shape, bf16)], grid, [square(2) for _ in range(3)])[0]
-
-
-def _outputs(q_start, p, v_new, states, scale, columns):
-    """O = scale (Q_start S + P V'), [B, T, HV, V]."""
-    batch, blocks, heads, key_dim, value_dim = states.shape
-    chunks = q_start.shape[1] // ROWS
-    steps = blocks // chunks
-
-    def body(cta, inputs, outputs, q, state, p, v, first, later):
-        b, chunk, h, column = cta
-        where = rows_of(column, columns)
-        plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h], q, first)
-        plgpu.copy_gmem_to_smem(inputs[3].at[b, chunk * steps, h, :, where], state, first)
-
-        def fetch(r):
-            block = chunk * steps + r
-            plgpu.copy_gmem_to_smem(inputs[1].at[b, block, h], p, later)
-            plgpu.copy_gmem_to_smem(inputs[2].at[b, rows_of(block), h, where], v, later)
-
-        fetch(0)
-        plgpu.barrier_wait(first)
-        o = products((q, state))
-        for r in range(steps):
-            plgpu.barrier_wait(later)
-            o += products((p, v))
-            plgpu.commit_smem()  # all warps have left p and v
-            if r + 1 < steps:
-                fetch(r + 1)
-        v[...] = (scale * o).astype(bf16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(v, outputs[0].at[b, rows_of(chunk), h, where])
-        plgpu.wait_smem_to_gmem(0)
-
-    return call(
-        body,
-        "channel_outputs",
-        (q_start, p, v_new, states),
-        [((batch, chunks * ROWS, heads, value_dim), bf16)],
-        {"batch": batch, "chunk": chunks, "head": heads, "columns": value_dim // columns},
-        [
-            plgpu.SMEM((ROWS, key_dim), bf16),
-            plgpu.SMEM((key_dim, columns), bf16),
-            square(),
-            plgpu.SMEM((ROWS, columns), bf16),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-        ],
-    )[0]
+    return call(body, "channel_inverses", (a, beta), [(shape, bf16)], grid, [square(2), square(2), square()])[0]
 
 
 def _outputs_backward(q_start, p, v_new, states, do, scale):

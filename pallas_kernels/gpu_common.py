@@ -1,7 +1,7 @@
 """What the GPU kernels are written in: grids, products of references, sums of gates, writes through shared memory.
 
-One CTA is one warpgroup. Every product is a `wgmma` of bfloat16 operands in shared memory, summed in float32. "In parts" means
-as a sum of two bfloat16 arrays, 16 bits: it is used wherever an error would stay in the state.
+One CTA is one warpgroup, in the scans two. Every product is a `wgmma` of bfloat16 operands in shared memory, summed in
+float32. "In parts" means as a sum of two bfloat16 arrays, 16 bits: it is used wherever an error would stay in the state.
 
 Shapes, in all these files: the tokens T are whole chunks of 64, their T R rows of keys and values whole blocks of 64 rows. B
 batch, H key heads, HV value heads, C = T / 64 chunks, S = T R / 64 blocks.
@@ -20,16 +20,18 @@ ROWS = 64  # the rows of one wgmma, of a block and of a chunk
 bf16, f32 = jnp.bfloat16, jnp.float32
 
 
-def call(body, name, inputs, outputs, grid, scratch):
+def call(body, name, inputs, outputs, grid, scratch, warpgroups=1):
     """Runs `body(indices of the CTA, refs of inputs, of outputs, *scratch)`; grid: axis name -> size, the last runs fastest.
+
+    With several warpgroups a CTA each runs it; their axis is "warpgroup". scratch may be a dict: then it comes by name.
 
     Results vary over every manual mesh axis over which an input does; `plgpu.kernel` itself says that they vary over none.
     """
 
-    def kernel(*refs):
-        refs, scratch = refs[: len(inputs) + len(outputs)], refs[len(inputs) + len(outputs) :]
+    def kernel(*refs, **named):
+        refs, unnamed = refs[: len(inputs) + len(outputs)], refs[len(inputs) + len(outputs) :]
         cta = [jax.lax.axis_index(axis) for axis in grid]
-        body(cta, refs[: len(inputs)], refs[len(inputs) :], *scratch)
+        body(cta, refs[: len(inputs)], refs[len(inputs) :], *unnamed, **named)
 
     results = plgpu.kernel(
         kernel,
@@ -38,6 +40,7 @@ def call(body, name, inputs, outputs, grid, scratch):
         grid_names=tuple(grid),
         kernel_name=f"delta_product_{name}",
         scratch_types=scratch,
+        **({"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}),
     )(*inputs)
     return [manual_axes.vary_alike(x, *inputs)[0] for x in results]
 

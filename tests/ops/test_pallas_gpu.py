@@ -1,59 +1,64 @@
 """The GPU kernels: numbers and races in Mosaic GPU's interpreter; lowered for an H100 that is not there."""
 
-import contextlib
 import csv
 import dataclasses
+import os
 import re
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from delta_rule_cases import NAMES, compare, draw
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from delta_rule_cases import NAMES, draw
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import gpu_machine_code
+from benchmarks import gpu_machine_code, worker
 from deltajax.ops import delta_product
 from pallas_kernels import gpu
 
+ROOT = Path(worker.__file__).parents[1]
 
-@contextlib.contextmanager
-def interpreted():
-    """A race raises, and so does reading what was never written: it is nan."""
-    with jax.enable_x64(True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Asked for a case of `interpret_gpu`, it raises what is wrong."""
+    paths = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
+    process = worker.Worker(
+        sys.executable, "interpret_gpu", {"JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": paths}
+    )
+    yield lambda blocks=None, segment=None, scale=None, **case: process.ask(
+        {"blocks": blocks, "segment": segment, "scale": scale, **case}, 900
+    )
+    process.stop()
+
+
+def case(b, t, r, h, hv, key_dim, value_dim, gate, beta=None, cosine=0.0):
+    names = ("b", "t", "r", "h", "hv", "key_dim", "value_dim", "gate", "beta", "cosine")
+    return dict(zip(names, (b, t, r, h, hv, key_dim, value_dim, gate, beta, cosine), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "steps", "heads", "value_heads", "key_dim", "value_dim", "gate", "beta", "cosine", "segmented"),
+    ("case", "segment"),
     [
-        (2, 70, 1, 1, 1, 200, 64, "scalar", None, 0.0, False),
-        (1, 40, 3, 2, 4, 40, 24, "scalar", None, 0.0, True),
-        (1, 200, 1, 1, 1, 64, 256, "strong", 2.0, 0.95, False),
-        (1, 30, 4, 1, 1, 128, 128, None, 2.0, 0.5, False),
-        (1, 40, 2, 1, 2, 80, 24, "channel", 2.0, 0.5, True),
-        (1, 70, 2, 1, 1, 200, 24, "channel", None, 0.0, False),
+        (case(2, 70, 1, 1, 1, 200, 64, "scalar"), None),
+        (case(1, 40, 3, 2, 4, 40, 24, "scalar"), 7),
+        (case(1, 330, 1, 1, 1, 64, 128, "strong", 2.0, 0.95), None),
+        (case(1, 30, 4, 1, 1, 128, 128, None, 2.0, 0.5), None),
+        (case(1, 40, 2, 1, 2, 80, 24, "channel", 2.0, 0.5), 7),
+        (case(1, 70, 2, 1, 1, 200, 24, "channel"), None),
     ],
 )
-def test_against_the_reference(
-    batch, length, steps, heads, value_heads, key_dim, value_dim, gate, beta, cosine, segmented
-):
-    segments = jnp.asarray(np.arange(length) // 7)[None] if segmented else None
-    with interpreted():
-        sizes = (batch, length, steps, heads, value_heads, key_dim, value_dim)
-        arguments = draw(1, *sizes, gate, beta, cosine, "bfloat16")
-        scale = jnp.float32(0.3) if segmented else None  # an array, known when it runs
-        compare(arguments, "pallas_gpu", 1e-2, 2e-2, segment_ids=segments, scale=scale)
+def test_against_the_reference(interpreter, case, segment):
+    interpreter(**case, segment=segment, scale=0.3 if segment else None)
 
 
-def test_all_blocks_that_may_be_asked_for(monkeypatch):
+@pytest.mark.parametrize("wide", [True, False])
+def test_all_blocks_that_may_be_asked_for(interpreter, wide):
     """The widest columns and most stages, which `for_shape` chooses for more heads than the interpreter has time for."""
-    wide = gpu.Blocks(columns=64, stages=4, late_stages=1, output_columns=64)
-    monkeypatch.setattr(gpu.Blocks, "for_shape", lambda *_: wide)
-    with interpreted():
-        compare(draw(2, 1, 100, 2, 1, 1, 64, 128, "scalar", dtype="bfloat16"), "pallas_gpu", 1e-2, 2e-2)
+    blocks = gpu.Blocks(columns=64, stages=4, late_stages=1, places=2) if wide else gpu.Blocks(16, 2, 2, places=1)
+    interpreter(**case(1, 100, 4, 1, 1, 64, 64, "scalar"), blocks=dataclasses.asdict(blocks))
 
 
 def shapes(length, steps, heads, value_heads, key_dim, value_dim, gate, dtype="bfloat16"):
@@ -90,8 +95,9 @@ def lower(arguments, vmapped=False, implementation="pallas_gpu", device=gpu_mach
 )
 def test_lowers_for_an_h100(arguments, vmapped):
     channels = len(arguments) == 5 and arguments[4].ndim == 4
-    kernels = ("inverses", "outputs", "outputs_backward", "rows_backward")
-    expected = {"scan", "backward_scan", *(f"channel_{name}" if channels else name for name in kernels)}
+    gated = {"channel_inverses", "channel_outputs_backward", "channel_rows_backward"}
+    plain = {"inverses_and_scores", "outputs_backward", "rows_backward"}
+    expected = {"scan", "backward_scan"} | (gated if channels else plain)
     found = set(re.findall(r"delta_product_(\w+)", lower(arguments, vmapped)))
     assert expected <= found, found
 
@@ -165,9 +171,9 @@ def test_on_an_older_gpu_the_chunked_form_serves():
 
 
 def test_blocks_check_their_ranges():
-    few, many = (gpu.Blocks.for_shape(batch, 16, 128, 128, channels=False) for batch in (1, 8))
-    assert few == gpu.Blocks(columns=32, stages=3, late_stages=3, output_columns=128)  # 64 CTAs, one an SM
-    assert many == gpu.Blocks(columns=32, stages=2, late_stages=2, output_columns=128)  # 512, two an SM
+    few, many = (gpu.Blocks.for_shape(4, heads, 64, 64, channels=False) for heads in (16, 32))
+    assert few == gpu.Blocks(columns=32, stages=3, late_stages=3, places=2)  # 128 CTAs
+    assert many == gpu.Blocks(columns=64, stages=3, late_stages=3, places=2)  # 128, not 256 in two turns
     with pytest.raises(ValueError, match=r"stages must be one of \(2, 3, 4\), got 1"):
         dataclasses.replace(few, stages=1)
     with pytest.raises(ValueError, match="late_stages must be 1 or stages = 3, got 2"):
@@ -186,6 +192,6 @@ def test_machine_code_is_no_worse_than_the_committed_table():
         }
     for row in gpu_machine_code.measure(1, 16, 128, "scalar", toolchain):
         before = committed.pop(row["kernel"])
-        for field in ("spilled_bytes", "shared_bytes", "issue_cycles"):
+        for field in ("spilled_bytes", "shared_bytes", "issue_cycles", "barriers"):
             assert row[field] <= 1.05 * int(before[field]), (row, before)
     assert not committed
