@@ -2,6 +2,8 @@
 
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import json
 import re
 import shutil
@@ -67,27 +69,28 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int = 1, read_only: bool = False):
-        """Leftovers of saves that never finished are removed unless `read_only`.
+        """Nothing is written or removed before the first save.
 
         Raises:
-          RunError: `read_only` and there is no checkpoint, or else the loss of one cannot be read.
+          RunError: `read_only` and there is no checkpoint.
         """
         self.directory = workdir.resolve() / "checkpoints"
-        self._abandoned, self._read_only = False, read_only
-        if read_only:
-            if not self.steps():
-                raise RunError(f"no checkpoint in {self.directory}")
-            return
+        self._keep, self._read_only, self._abandoned = keep, read_only, False
+        if read_only and not self.steps():
+            raise RunError(f"no checkpoint in {self.directory}")
+
+    @functools.cached_property
+    def _manager(self) -> _Manager:
+        # Made at the first save: it removes leftovers of saves that never finished, and reads the losses of all
+        # checkpoints, of which `restore` has set aside the damaged ones by then.
         policy = AnyPreservationPolicy(
             [
-                LatestN(max(keep, 2)),
+                LatestN(max(self._keep, 2)),
                 BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
-        for step in self.steps():
-            self._measured(step)  # Orbax reads all of them, and does not say which is damaged
         # Without best_fn Orbax would keep the metrics in memory only, and a resumed run would not know its best.
-        self._manager = _Manager(
+        return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
@@ -115,7 +118,7 @@ class Checkpoints:
     def _measured(self, step: int) -> float | None:
         path = self.directory / str(step) / "metrics" / "metrics"
         with self.reading(step):
-            return _loss(json.loads(path.read_text())) if path.exists() else None
+            return float(_loss(json.loads(path.read_text()))) if path.exists() else None
 
     def save(
         self, step: int, state: TrainState, config: TrainConfig, progress: dict[str, Any], loss: float | None
@@ -131,6 +134,7 @@ class Checkpoints:
         """
         rest = {name: getattr(state, name) for name in REST}
         progress = {"config": serialize.to_json(config), **progress}
+        progress["sum"] = _sum(progress)
         what = f"the checkpoint of step {step} or the one before it"
         self._settle(what)
         with self._failures(what):
@@ -170,7 +174,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save and free the threads."""
-        if self._abandoned or self._read_only:
+        if self._abandoned or not self._is_open():
             return
         with self._failures("the last checkpoint"):
             self._manager.close()
@@ -187,16 +191,19 @@ class Checkpoints:
     def restore(self, abstract: TrainState, config: TrainConfig) -> tuple[int, TrainState, dict] | None:
         """(step, state, progress) of the newest checkpoint that can be read; None if there is none at all.
 
-        One that cannot be read is reported, and unless `read_only` set aside so that its step can be saved again.
+        One that cannot be read is reported, and unless `read_only` set aside so that its step can be saved again. That holds
+        for those before it too, if their losses cannot be read: the best one could not be told.
 
         Raises:
           RunError: there are checkpoints and none can be read.
           ValueError: the checkpoint belongs to another model; the message names the keys.
         """
-        problems = []
-        for step in reversed(distributed.on_first(self.steps)):
+        problems: dict[int, str] = {}
+        steps = distributed.on_first(self.steps)
+        for step in reversed(steps):
             restored, problem = None, None
             try:
+                self._measured(step)
                 progress = self.progress(step)
                 self._check_same(step, serialize.from_json(progress["config"]), config)
                 rest = {name: getattr(abstract, name) for name in REST}
@@ -209,20 +216,38 @@ class Checkpoints:
                 problem = _one_line(error)
             problem = distributed.first_problem(problem)  # a damaged file may be one that only one process reads
             if problem:
-                problems.append(f"step {step}: {problem}")
+                problems[step] = problem
                 continue
-            for torn in [s for s in distributed.on_first(self.steps) if s > step]:
+            if not self._read_only:
+                problems |= self._unmeasured([s for s in steps if s < step])
+            for torn, problem in problems.items():
                 if distributed.is_first():
                     print(
-                        f"warning: checkpoint of step {torn} in {self.directory} cannot be read; using step {step}",
+                        f"warning: checkpoint of step {torn} in {self.directory} cannot be read ({problem}); "
+                        f"using step {step}",
                         file=sys.stderr,
                     )
                 if not self._read_only:
                     self._set_aside(torn)
             return restored
         if problems:
-            raise RunError(f"no checkpoint in {self.directory} can be read; {'; '.join(problems)}")
+            listed = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+            raise RunError(f"no checkpoint in {self.directory} can be read; {listed}")
         return None
+
+    def _unmeasured(self, steps: list[int]) -> dict[int, str]:
+        """Those whose losses cannot be read, and why, as any process finds it."""
+        found = {}
+        for step in steps:
+            problem = None
+            try:
+                self._measured(step)
+            except RunError as error:
+                problem = _one_line(error)
+            problem = distributed.first_problem(problem)
+            if problem:
+                found[step] = problem
+        return found
 
     def restore_model(self, step: int, params: Any, stats: Any) -> tuple[Any, Any]:
         """Parameters and running statistics only; the arguments are as those of `restore`'s `abstract`.
@@ -247,7 +272,11 @@ class Checkpoints:
           RunError: the checkpoint cannot be read.
         """
         with self.reading(step):
-            return self._read(step, "progress", ocp.args.JsonRestore())
+            progress = self._read(step, "progress", ocp.args.JsonRestore())
+            written = progress.pop("sum", None)  # arrays have Orbax's; until 2026-11 there was none here
+            if written not in (None, _sum(progress)):
+                raise ValueError("progress/metadata is not what was written")
+            return progress
 
     def _read(self, step: int, item: str, arguments: Any) -> Any:
         # Not through the manager: there a process that cannot read leaves all others waiting at a barrier.
@@ -275,7 +304,11 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
 
         distributed.on_first(move)
-        self._manager.reload()
+        if self._is_open():
+            self._manager.reload()
+
+    def _is_open(self) -> bool:
+        return "_manager" in vars(self)
 
     @contextmanager
     def reading(self, step: int) -> Iterator[None]:
@@ -303,7 +336,15 @@ def _loss(metrics: Any) -> float:
     return metrics["loss"]
 
 
+def _sum(progress: dict[str, Any]) -> str:
+    """Of all but the config, which may be mended by hand."""
+    kept = {name: value for name, value in progress.items() if name != "config"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, RunError) and error.__cause__:
+        error = error.__cause__  # the message of `reading` says where, as those who call this do
     text = str(error).strip().split("\n")[0]
     system = re.search(r"([^:]+) \[os_error_code", text)  # TensorStore: the cause stands last, after several paths
     if system:

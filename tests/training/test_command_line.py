@@ -146,21 +146,33 @@ def test_other_parts_trained_in_the_same_workdir(tmp_path, run_train):
     assert (code, "continuing after step 3" in out) == (0, True)
 
 
-def test_what_a_checkpoint_says_of_itself_is_damaged(finished, tmp_path, run_train, capfd):
-    """A loss or config that cannot be read, which the one before does without; one line says which checkpoint it is."""
+def test_damaged_losses_of_checkpoints(finished, tmp_path, run_train, capfd):
+    """As torn arrays: the run goes on with what can be read, and the checkpoint is set aside; the best can no longer be told."""
     workdir = shutil.copytree(finished, tmp_path / "run")
-    newest = workdir / "checkpoints" / "12"
-    (newest / "metrics" / "metrics").write_text("{")
-    for run in (lambda: run_train(workdir)[0], lambda: generate.main([*command, "--checkpoint=best"])):
-        command = ["generate", f"--workdir={workdir}", "--max_tokens=2"]
-        assert run() == 1
+    newest = Checkpoints(workdir, read_only=True).steps()[-1]
+    older = Checkpoints(workdir, read_only=True).steps()[-2]
+    damaged = workdir / "checkpoints" / str(newest) / "metrics" / "metrics"
+    damaged.write_text("{")
+    command = ["generate", f"--workdir={workdir}", "--max_tokens=2"]
+    assert generate.main([*command, "--checkpoint=best"]) == 1
+    assert f"checkpoint of step {newest} in" in capfd.readouterr().err
     assert generate.main(command) == 0
-    file = newest / "progress" / "metadata"
-    file.write_text(file.read_text().replace('"mlp_dim"', '"mlp_dims"'))
-    capfd.readouterr()
-    assert generate.main(command) == 0
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "checkpoint of step 12 in" in error and "mlp_dims" in error
+    code, out, err = run_train(workdir)
+    assert (code, err.count("\n")) == (0, 1), err
+    assert (
+        f"warning: checkpoint of step {newest} in" in err and "JSONDecodeError" in err and f"using step {older}" in err
+    )
+    assert f"continuing after step {older}" in out
+    assert losses(workdir) == losses(finished)
+    assert (workdir / "set_aside_checkpoints" / str(newest)).is_dir()
+    first = Checkpoints(workdir, read_only=True).steps()[0]  # one that the run does not begin from
+    measured = workdir / "checkpoints" / str(first) / "metrics"
+    measured.mkdir(exist_ok=True)
+    (measured / "metrics").write_text('{"loss": null}')
+    code, out, err = run_train(workdir, "--config.steps=13")
+    assert (code, err.count("\n")) == (0, 1), err
+    assert f"checkpoint of step {first} in" in err and f"continuing after step {newest}" in out
+    assert first not in Checkpoints(workdir, read_only=True).steps()
 
 
 def test_foreign_checkpoints(tmp_path, run_train, capfd):

@@ -15,10 +15,17 @@ from deltajax.training import distributed
 from deltajax.training.checkpoint import Checkpoints
 
 
-def damage(checkpoint: Path) -> None:
-    """Cut every file of the parameters' arrays in half."""
-    for path in checkpoint.glob("params/ocdbt.process_0/d/*"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def damage(checkpoint: Path, what: str) -> None:
+    """Cut every file of the parameters' arrays in half; or the file of losses; or change how the data go on."""
+    if what == "arrays":
+        for path in checkpoint.glob("params/ocdbt.process_0/d/*"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif what == "losses":
+        (checkpoint / "metrics").mkdir()
+        (checkpoint / "metrics" / "metrics").write_text("{")
+    else:
+        path = checkpoint / "progress" / "metadata"
+        path.write_text(re.sub(r'("iterator": \{.*?)\d', r"\g<1>9", path.read_text(), count=1))
 
 
 def test_killed_full_torn_and_moved(tmp_path):
@@ -51,7 +58,7 @@ def test_killed_full_torn_and_moved(tmp_path):
         return ended
 
     newest, before = steps()[::-1][:2]
-    damage(workdir / "checkpoints" / str(newest))
+    damage(workdir / "checkpoints" / str(newest), draw.choice(["arrays", "losses", "data"]))
     full = two(("kill", 0), ("full", before + 2))
     assert f"continuing after step {before} " in full[0].out
     torn, message = full[0].messages

@@ -56,6 +56,22 @@ def test_delta_one_is_plain_training_bit_for_bit(hard, tmp_path):
     assert [row for row in losses(hard).items()][:5] == [row for row in losses(tmp_path / "one").items()][:5]
 
 
+def test_one_wrong_digit_in_the_table_of_losses(hard, tmp_path, capfd):
+    """It would choose other batches, and JSON does not notice: the checkpoint before is used."""
+    workdir = shutil.copytree(hard, tmp_path / "run")
+    newest, before = Checkpoints(workdir, read_only=True).steps()[::-1][:2]
+    file = workdir / "checkpoints" / str(newest) / "progress" / "metadata"
+    progress = json.loads(file.read_text())
+    progress["iterator"]["state"]["losses"]["values"][0] += 1
+    file.write_text(json.dumps(progress))
+    capfd.readouterr()
+    assert run(workdir) == 0
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1 and f"checkpoint of step {newest} in" in err and "is not what was written" in err
+    assert f"continuing after step {before}" in out
+    assert_same(workdir, hard)
+
+
 def test_evaluation_changes_nothing(hard, tmp_path):
     """Nor the running statistics: they never see test data."""
     assert run(tmp_path, "evaluation.every=1") == 0
