@@ -196,7 +196,7 @@ class Checkpoints:
 
         Raises:
           RunError: there are checkpoints and none can be read.
-          ValueError: the checkpoint belongs to another model; the message names the keys.
+          ValueError: the checkpoint belongs to another model, or its config to another deltajax; the message names the keys.
         """
         problems: dict[int, str] = {}
         steps = distributed.on_first(self.steps)
@@ -205,13 +205,13 @@ class Checkpoints:
             try:
                 self._measured(step)
                 progress = self.progress(step)
-                self._check_same(step, serialize.from_json(progress["config"]), config)
+                self._check_same(step, progress["config"], config)
                 rest = {name: getattr(abstract, name) for name in REST}
                 params = self._read(step, "params", ocp.args.StandardRestore(abstract.params))
                 rest = self._read(step, "rest", ocp.args.StandardRestore(rest))
                 restored = step, TrainState(params=params, **rest), progress
-            except serialize.Mismatch as error:
-                raise ValueError(str(error)) from None
+            except serialize.Mismatch:
+                raise
             except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or json raise
                 problem = _one_line(error)
             problem = distributed.first_problem(problem)  # a damaged file may be one that only one process reads
@@ -266,17 +266,26 @@ class Checkpoints:
             return params, handler.restore(self.directory / str(step) / "rest", args=arguments)["stats"]
 
     def progress(self, step: int) -> dict:
-        """What `save` was given as progress, and `config`, all JSON.
+        """What `save` was given as progress, and `config`.
 
         Raises:
           RunError: the checkpoint cannot be read.
+          ValueError: its config is of another version of deltajax; the message names file and field.
         """
         with self.reading(step):
             progress = self._read(step, "progress", ocp.args.JsonRestore())
             written = progress.pop("sum", None)  # arrays have Orbax's; until 2026-11 there was none here
             if written not in (None, _sum(progress)):
                 raise ValueError("progress/metadata is not what was written")
-            return progress
+            stored = progress["config"]
+        file = self.directory / str(step) / "progress" / "metadata"
+        try:
+            config, defaulted = serialize.from_json(stored), serialize.defaulted(stored)
+        except ValueError as error:
+            raise serialize.Mismatch(f"{file}: {error}") from None
+        if defaulted and distributed.is_first():
+            print(f"warning: {file} is of an older deltajax; it is read with {', '.join(defaulted)}", file=sys.stderr)
+        return {**progress, "config": config}
 
     def _read(self, step: int, item: str, arguments: Any) -> Any:
         # Not through the manager: there a process that cannot read leaves all others waiting at a barrier.

@@ -130,7 +130,7 @@ class Run:
             check_policy(dataset.selection, progress["iterator"])
             self.iterator.set_state(progress["iterator"])
             self.best_loss = progress["best_loss"]
-            changed = serialize.differences(serialize.from_json(progress["config"]), config)
+            changed = serialize.differences(progress["config"], config)
             print(f"continuing after step {self.step}" + (f" with changed {'; '.join(changed)}" if changed else ""))
         else:
             self.state = step.init(config.seed)

@@ -12,7 +12,7 @@ from deltajax.errors import RunError
 from deltajax.interop import vision
 from deltajax.layers.param import abstract_params
 from deltajax.models import frames, registry
-from deltajax.training import distributed, serialize
+from deltajax.training import distributed
 from deltajax.training import mesh as mesh_lib
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
@@ -49,6 +49,7 @@ def load(
 
     Raises:
       RunError: there is no checkpoint, or none can be read.
+      ValueError: its config is of another version of deltajax; the message names file and field.
     """
     with contextlib.closing(Checkpoints(Path(workdir), read_only=True)) as checkpoints:
         steps = distributed.on_first(
@@ -72,9 +73,8 @@ def load(
 
 def _read(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh | None) -> Pretrained:
     progress = checkpoints.progress(step)
-    with checkpoints.reading(step):
-        config = serialize.from_json(progress["config"])
-        module = registry.module_of(config.model)
+    config = progress["config"]
+    module = registry.module_of(config.model)
     specs = module.param_specs(config.model)
     params, stats = abstract_params(specs), jax.eval_shape(lambda: module.init_stats(config.model))
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

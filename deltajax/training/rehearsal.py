@@ -256,7 +256,10 @@ def load(path: Path, config: TrainConfig) -> Any:
         raise ValueError(f"--executable={path}: made for {contents['devices']}, here are {_name(jax.devices())}")
     if contents["jax"] != jax.__version__:
         raise ValueError(f"--executable={path}: made by jax {contents['jax']}, this is {jax.__version__}")
-    changed = serialize.differences(serialize.from_json(contents["config"]), config)
+    try:
+        changed = serialize.differences(serialize.from_json(contents["config"]), config)
+    except ValueError as error:
+        raise ValueError(f"--executable={path}: {error}") from None
     if changed:
         raise ValueError(f"--executable={path}: made for another config: {'; '.join(changed)}")
     if contents.get("native"):

@@ -133,8 +133,12 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
         raise ValueError(f"--csv={table}: must be a file, is a folder")
     table.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock(workdir):
-        for member in found:
-            _check_folder(member, workdir / member.name)
+        older = {field for member in found for field in _check_folder(member, workdir / member.name)}
+        if older:
+            print(
+                f"warning: {workdir} has runs of an older deltajax; they are read with {', '.join(sorted(older))}",
+                file=sys.stderr,
+            )
         others = _others(found, table)
         waiting = [member for member in found if not _is_complete(member, workdir)]
         print(f"{len(found)} members, {len(found) - len(waiting)} of them complete; results in {table}", flush=True)
@@ -247,19 +251,24 @@ def _share(jobs: int) -> list[set[int] | None]:
     return [set(cores[i * each : (i + 1) * each]) if each else {cores[i % len(cores)]} for i in range(jobs)]
 
 
-def _check_folder(member: Member, folder: Path) -> None:
-    """Refuse to go on with a run of another config: its numbers would stand under this one."""
+def _check_folder(member: Member, folder: Path) -> list[str]:
+    """Refuse to go on with a run of another config: its numbers would stand under this one.
+
+    Returns:
+      What the run's config did not have yet, see `serialize.defaulted`.
+    """
     try:
         stored = json.loads((folder / CONFIG_FILE).read_text())
     except (FileNotFoundError, ValueError):
-        return  # nothing is there, or a sweep was killed before it trained anything
+        return []  # nothing is there, or a sweep was killed before it trained anything
     try:
-        before = serialize.from_json(stored)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        before = None  # of a version with other fields
+        before, defaulted = serialize.from_json(stored), serialize.defaulted(stored)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}; take another --workdir, or remove {folder}") from None
     if before != member.config:
-        what = serialize.differences(before, member.config)[0] if before is not None else "it cannot be read"
+        what = (serialize.differences(before, member.config) or ["the same values of another kind"])[0]
         raise ValueError(f"{folder} holds a run of another config ({what}); take another --workdir, or remove it")
+    return defaulted
 
 
 def _is_complete(member: Member, workdir: Path) -> bool:

@@ -1,12 +1,14 @@
 """Bad input to `deltajax.train` and `deltajax.generate`: one line, the right exit code, nothing lost."""
 
 import json
+import re
 import shutil
 
 import pytest
 from training_runs import losses
 
 from deltajax import generate, train
+from deltajax.training import pretrained
 from deltajax.training.checkpoint import Checkpoints
 
 
@@ -173,6 +175,33 @@ def test_damaged_losses_of_checkpoints(finished, tmp_path, run_train, capfd):
     assert (code, err.count("\n")) == (0, 1), err
     assert f"checkpoint of step {first} in" in err and f"continuing after step {newest}" in out
     assert first not in Checkpoints(workdir, read_only=True).steps()
+
+
+def test_checkpoints_of_another_version(finished, tmp_path, run_train, capfd):
+    """A field that has another name by now: one line with field and file, nothing is touched. One that came later: a warning."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    steps = Checkpoints(workdir, read_only=True).steps()
+    file = workdir / "checkpoints" / "12" / "progress" / "metadata"
+    now = file.read_text()
+
+    file.write_text(now.replace('"mlp_dim"', '"mlp_dims"'))
+    capfd.readouterr()
+    for code, _, err in (
+        run_train(workdir, "--config.steps=13"),
+        run_train(tmp_path / "next", f"--config.init_from={workdir}", "--config.steps=3"),
+        (generate.main(["generate", f"--workdir={workdir}"]), *capfd.readouterr()),
+    ):
+        assert (code, err.count("\n")) == (2, 1), err
+        assert f"error: {file}: config.model.mlp_dims: this deltajax has no such field (did it become mlp_dim?)" in err
+    assert Checkpoints(workdir, read_only=True).steps() == steps
+    file.write_text(re.sub(r'"grad_accumulation": 1, ', "", now))
+    assert file.read_text() != now
+    warning = f"warning: {file} is of an older deltajax; it is read with grad_accumulation=1\n"
+    assert pretrained.load(workdir).step == 12
+    assert capfd.readouterr().err == warning
+    code, out, err = run_train(workdir, "--config.steps=13")
+    assert (code, err) == (0, warning)
+    assert "continuing after step 12 with changed steps: 12 -> 13\n" in out
 
 
 def test_foreign_checkpoints(tmp_path, run_train, capfd):

@@ -15,7 +15,7 @@ import pytest
 from training_runs import HERE, TINY, losses, start
 
 from deltajax import data
-from deltajax.training import loop, serialize, watch
+from deltajax.training import loop, watch
 from deltajax.training.checkpoint import Checkpoints, lock
 from deltajax.training.config import Evaluation
 from deltajax.training.loop import make_step
@@ -29,7 +29,7 @@ def crash(what: str, step: int, workdir: Path):
 def final_state(workdir: Path):
     """Every array of the last checkpoint."""
     checkpoints = Checkpoints(workdir, read_only=True)
-    config = serialize.from_json(checkpoints.progress(12)["config"])
+    config = checkpoints.progress(12)["config"]
     step, state, _ = checkpoints.restore(make_step(config).abstract, config)
     assert step == 12
     return state

@@ -1,6 +1,7 @@
 """Dotted-path overrides: every type, and one line for every mistake."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -139,6 +140,52 @@ def test_json_round_trip(tiny_config):
 def test_json_never_imports_what_is_not_ours():
     with pytest.raises(ValueError, match="'subprocess:Popen' is not one of this project's"):
         serialize.from_json({"type": "subprocess:Popen", "args": ["true"]})
+    with pytest.raises(ValueError, match=r"this deltajax has no type 'deltajax\.train:main'"):
+        serialize.from_json({"type": "deltajax.train:main"})
+
+
+def test_json_of_another_version(tiny_config):
+    """One line with the field; what came later has its default, and is told of."""
+
+    def change(path: str, **changes: object) -> dict:
+        tree = serialize.to_json(tiny_config)
+        node = tree
+        for name in path.split(".")[1:]:
+            node = node[name]
+        for name, value in changes.items():
+            if value is None:
+                del node[name]
+            else:
+                node[name] = value
+        return tree
+
+    for tree, message in (
+        (
+            change("config.model.mixers.swa", windows=8),
+            "config.model.mixers.swa.windows: this deltajax has no such field (did it become window?); another version",
+        ),
+        (change("config.model", vocab_size=None), "config.model.vocab_size is missing; another version wrote"),
+        (
+            change("config.model", type="deltajax.models.ml:Config"),
+            "config.model: this deltajax has no type 'deltajax.",
+        ),
+        (change("config.model", type="deltajax.models.lm:Conf"), "config.model: this deltajax has no type 'deltajax."),
+        (change("config.data", seq_len=0), "config.data: seq_len: got 0; allowed"),
+        (change("config", format=2), "config: written by a newer deltajax (format 2, this one reads up to 1)"),
+        ([], "config: not one that deltajax wrote"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            serialize.from_json(tree)
+    assert serialize.defaulted(serialize.to_json(tiny_config)) == []
+    old = change("config", format=None, grad_accumulation=None, nonfinite=None)
+    assert serialize.from_json(old) == tiny_config
+    assert serialize.defaulted(old) == [
+        "grad_accumulation=1",
+        *(
+            f"nonfinite.{f.name}={getattr(tiny_config.nonfinite, f.name)}"
+            for f in dataclasses.fields(tiny_config.nonfinite)
+        ),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

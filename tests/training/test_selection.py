@@ -13,7 +13,7 @@ from training_runs import HERE, TINY, losses, run_together, start
 
 from deltajax import data, score, train
 from deltajax.models import resnet
-from deltajax.training import loop, metrics, serialize
+from deltajax.training import loop, metrics
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import load_config
 from deltajax.training.step import gradients
@@ -30,7 +30,7 @@ def run(workdir: Path, *flags: str, config: str = VISION) -> int:
 def final(workdir: Path):
     """(state, progress) of the last checkpoint."""
     checkpoints = Checkpoints(workdir, read_only=True)
-    config = serialize.from_json(checkpoints.progress(12)["config"])
+    config = checkpoints.progress(12)["config"]
     _, state, progress = checkpoints.restore(loop.make_step(config).abstract, config)
     return jax.device_get(state), progress
 

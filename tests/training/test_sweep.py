@@ -118,6 +118,31 @@ def test_a_folder_of_another_config_is_refused_and_kept(swept, capfd):
     assert (workdir / "results.csv").read_text() == before
 
 
+def test_a_folder_of_another_version(swept, tmp_path, capfd):
+    """A field that came later has its default, with a warning for all runs; one that is not known any more is an error."""
+    workdir = shutil.copytree(swept[1], tmp_path / "sweep")
+    file = sorted(workdir.glob(f"*/{sweeps.CONFIG_FILE}"))[0]
+    stored = json.loads(file.read_text())
+    del stored["grad_accumulation"], stored["format"]
+    file.write_text(json.dumps(stored))
+    command = [
+        "sweep",
+        f"--config={FILE}:rates=1",
+        f"--workdir={workdir}",
+        f"--csv={tmp_path / 'table.csv'}",
+    ]  # complete
+    assert sweep.main(command) == 0
+    assert (
+        f"warning: {workdir} has runs of an older deltajax; they are read with grad_accumulation=1"
+        in capfd.readouterr().err
+    )
+    file.write_text(json.dumps({**stored, "accumulation": 1}))
+    assert sweep.main(command) == 2
+    assert (
+        f"error: {file}: config.accumulation: this deltajax has no such field (did it become" in capfd.readouterr().err
+    )
+
+
 def test_a_member_that_is_killed_leaves_the_others(tmp_path, monkeypatch):
     """A worker that dies in a member takes that one along; one that dies between two members takes none."""
     found = sweeps.members(f"{FILE}:rates=1")
