@@ -1,5 +1,6 @@
 """Several processes over loopback: the same losses as one, whoever dies; on another mesh and process count; roll call."""
 
+import contextlib
 import os
 import random
 import re
@@ -7,12 +8,15 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import pytest
 from training_runs import SMALL, Ended, assert_killed, free_port, losses, run_together
 
 from deltajax.errors import RunError
-from deltajax.training import distributed
+from deltajax.layers.param import count_params
+from deltajax.training import distributed, loop, overrides
 from deltajax.training.checkpoint import Checkpoints
+from deltajax.training.config import TrainConfig
 
 
 def damage(checkpoint: Path, what: str) -> None:
@@ -28,32 +32,45 @@ def damage(checkpoint: Path, what: str) -> None:
         path.write_text(re.sub(r'("iterator": \{.*?)\d', r"\g<1>9", path.read_text(), count=1))
 
 
-def test_killed_full_torn_and_moved(tmp_path):
-    """Four processes, one killed; again, in a save; two others on another mesh: the newest checkpoint is torn, the disk of
-    one is full; two that are told to stop.
+def save_another_run(workdir: Path, config: TrainConfig) -> int:
+    """A run with a checkpoint of the parameters that another seed gives; how many there are."""
+    config = overrides.apply(config, dict(flag.removeprefix("--config.").split("=") for flag in SMALL))
+    state = loop.make_step(config, jax.devices()[:1]).init(config.seed + 1)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        checkpoints.save(1, state, config, {}, None)
+    return count_params(state.params)
+
+
+def test_killed_full_torn_and_moved(tmp_path, tiny_config):
+    """Four processes that begin from another run's parameters, one killed; again, in a save; two others on another mesh: the
+    newest checkpoint is torn, the disk of one is full; two that are told to stop.
 
     All losses are those of one process.
     """
     seed = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(1000)))
     print(f"KILL_SEED={seed}")  # pytest shows it if the test fails
     workdir, draw = tmp_path / "run", random.Random(seed)
+    size = save_another_run(tmp_path / "another", tiny_config)
+    small = (*SMALL, f"--config.init_from={tmp_path / 'another'}")
 
     def steps() -> list[int]:
         return Checkpoints(workdir, read_only=True).steps()
 
-    def four(victim: int, what: str, step: int) -> list[int]:
+    def four(victim: int, what: str, step: int) -> tuple[list[int], str]:
         accidents = [(what, step) if index == victim else ("kill", 0) for index in range(4)]
-        ended = run_together(workdir, accidents, "--config.mesh.data=2", "--config.mesh.fsdp=2", *SMALL)
-        return assert_killed(ended, victim)
+        ended = run_together(workdir, accidents, "--config.mesh.data=2", "--config.mesh.fsdp=2", *small)
+        return assert_killed(ended, victim), ended[0].out
 
     step = draw.choice([9, 13])
-    assert set(four(draw.randrange(4), "kill_saved", step)) <= {step - 1}
+    kept, out = four(draw.randrange(4), "kill_saved", step)
+    assert set(kept) <= {step - 1}
+    assert f"{size:,} parameters from step 1 of {tmp_path / 'another'}\n" in out
     what = draw.choice(["kill_at_save", "kill_in_save", "kill_before_commit"])
     four(0 if what == "kill_before_commit" else draw.randrange(4), what, step + 3)
     assert steps()[-1] in (step - 1, step + 3)  # the other three may just have written everything
 
     def two(*accidents: tuple[str, int]) -> list[Ended]:
-        ended = run_together(workdir, list(accidents), "--config.mesh.data=1", "--config.mesh.tensor=2", *SMALL)
+        ended = run_together(workdir, list(accidents), "--config.mesh.data=1", "--config.mesh.tensor=2", *small)
         assert [process.code for process in ended] == [1, 1], ended
         return ended
 
@@ -73,7 +90,7 @@ def test_killed_full_torn_and_moved(tmp_path):
     assert first.messages == second.messages == [message]
     assert [line for line in second.out.splitlines() if not line.startswith("[Gloo]")] == []
 
-    (alone,) = run_together(tmp_path / "alone", [("terminate", 20)], *SMALL)
+    (alone,) = run_together(tmp_path / "alone", [("terminate", 20)], *small)
     assert alone.code == 1
     ours, theirs = losses(workdir), losses(tmp_path / "alone")
     assert set(ours) == set(range(1, last + 1))

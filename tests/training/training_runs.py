@@ -81,7 +81,8 @@ def run_together(workdir: Path, accidents: list[tuple[str, int]], *arguments: st
                 *(f"--coordinator=localhost:{port}", f"--num_processes={len(accidents)}", f"--process_id={index}"),
                 *arguments,
             ],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"},  # what one says before it is killed counts
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
