@@ -39,8 +39,8 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
     parts_of_keys = key_dim // ROWS
 
     def body(cta, inputs, outputs, *scratch):
-        *arrays, tokens, mask, parts, stage, first, later, of_state = scratch
-        q, k, v, do = (x.at[0] for x in arrays)
+        *arrays, tokens, mask, first, later, of_state = scratch
+        q, k, v, do, *_ = (x.at[0] for x in arrays)
         b, chunk, h = cta
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h // group], q, first)
         plgpu.copy_gmem_to_smem(inputs[4].at[b, chunk, h], tokens, first)
@@ -62,30 +62,35 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
             over_rows, *dq = sums
             block = chunk * steps + r
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            write = writer(stage.at[0], stage.at[1])
             plgpu.barrier_wait(later)
-            q, k, v, do = (x.at[unknown_zero()] for x in arrays)
+            q, k, v, do, parts, stage = (x.at[unknown_zero(r)] for x in arrays)
+            write = writer(stage)
             t, j = row_and_column()
             decayed = scale
             if kinds > 1:
                 decayed *= decays_between(tokens.at[1], lambda s, j: s * steps > ROWS * r + j, mask, parts)
             decayed = jnp.where(ROWS * r + j < (t + 1) * steps, decayed, 0.0)
-            scores = products((q, transposed(k)))
-            dscores = decayed * products((do, transposed(v)))
-            of_gates = dscores * scores
+            p, dscores = parts.at[0], parts.at[1]
+            p[...] = (decayed * products((q, transposed(k)))).astype(bf16)
+            dp = products((do, transposed(v)))
+            dscores[...] = (decayed * dp).astype(bf16)
+            of_gates = dp * p[...].astype(f32)  # from there, as registers are scarce
             over_rows += jnp.sum(of_gates, axis=1)
             outputs[6][b, block, h] = jnp.sum(of_gates, axis=0)
-            parts[0] = (decayed * scores).astype(bf16)
-            parts[1] = dscores.astype(bf16)
             plgpu.commit_smem()
-            p, dscores = parts.at[0], parts.at[1]
-            for part in range(value_dim // ROWS):
+
+            @pl.loop(jnp.int32(0), jnp.int32(value_dim // ROWS))
+            def _(part):
                 here = rows_of(part)
                 write(products((transposed(p), do.at[:, here])), outputs[2].at[b, rows_of(block), h, here])
-            for part in range(parts_of_keys):
+
+            @pl.loop(jnp.int32(0), jnp.int32(parts_of_keys))
+            def _(part):
                 here = rows_of(part)
-                dq[part] += products((dscores, k.at[:, here]))
                 write(products((transposed(dscores), q.at[:, here])), outputs[1].at[b, rows_of(block), h, here])
+
+            for part in range(parts_of_keys):
+                dq[part] += products((dscores, k.at[:, rows_of(part)]))
             plgpu.commit_smem()  # all warps have left k and v
 
             @pl.when(r + 1 < steps)
@@ -98,25 +103,33 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
         over_rows, *dq = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), one_block, sums)
         fetch_state(0)  # rows of the state where those of v were
         outputs[5][b, chunk, h] = over_rows
-        dfrom_start: Any = 0.0
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        write = writer(stage.at[0], stage.at[1])
         for part in range(parts_of_keys):
+            k[:, rows_of(part)] = dq[part].astype(bf16)
+
+        def one_part(part, dfrom_start):
             here = rows_of(part)
             plgpu.barrier_wait(of_state)
-            q, _, v, do = (x.at[unknown_zero()] for x in arrays)
+            q, k, v, do, parts, stage = (x.at[unknown_zero(part)] for x in arrays)
+            write = writer(stage)
             do_state = scale * products((do, transposed(v)))
             queries = q[:, here].astype(f32)
-            dfrom_start += jnp.sum(queries * do_state, axis=1)
             weight = along_rows(tokens[0])
-            write(dq[part] + weight * do_state, outputs[0].at[b, rows_of(chunk), h, here])
+            write(k[:, here].astype(f32) + weight * do_state, outputs[0].at[b, rows_of(chunk), h, here])
             parts[0] = (scale * weight * queries).astype(bf16)
             plgpu.commit_smem()
-            if part + 1 < parts_of_keys:
+
+            @pl.when(part + 1 < parts_of_keys)
+            def _():
                 fetch_state(part + 1)
-            for column in range(value_dim // ROWS):
+
+            @pl.loop(jnp.int32(0), jnp.int32(value_dim // ROWS))
+            def _(column):
                 there = rows_of(column)
                 write(products((transposed(parts.at[0]), do.at[:, there])), outputs[3].at[b, chunk, h, here, there])
+
+            return dfrom_start + jnp.sum(queries * do_state, axis=1)
+
+        dfrom_start = jax.lax.fori_loop(jnp.int32(0), jnp.int32(parts_of_keys), one_part, jnp.zeros(ROWS, f32))
         outputs[4][b, chunk, h] = dfrom_start
         plgpu.wait_smem_to_gmem(0)
 
@@ -138,10 +151,10 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
             plgpu.SMEM((1, ROWS, key_dim), bf16),
             plgpu.SMEM((1, ROWS, key_dim), bf16),
             *(plgpu.SMEM((1, ROWS, value_dim), bf16) for _ in range(2)),
+            square(1, 2),
+            square(1),
             plgpu.SMEM((kinds, ROWS), f32),
             square(),
-            square(2),
-            square(2),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=1),
@@ -203,7 +216,7 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         def one_part(part, sums):
             here = rows_of(part)
             plgpu.barrier_wait(later)
-            k, v, v_new, dsolved, dstate = (x.at[unknown_zero()] for x in arrays)
+            k, v, v_new, dsolved, dstate = (x.at[unknown_zero(part)] for x in arrays)
             to_state, to_end = products((dsolved, transposed(v))), products((v_new, transposed(dstate)))
             keys = k[:, here].astype(f32)
             of_part = keys * to_state, keys * to_end, v[...].astype(f32) * dstate[...].astype(f32)

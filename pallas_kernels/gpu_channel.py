@@ -252,7 +252,7 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
         def one_part(part, dbeta):
             here = rows_of(part)
             plgpu.barrier_wait(later)
-            k, v, v_new, dsolved, dstate = (x.at[unknown_zero()] for x in arrays)
+            k, v, v_new, dsolved, dstate = (x.at[unknown_zero(part)] for x in arrays)
             to_state, to_end = products((dsolved, transposed(v))), products((v_new, transposed(dstate)))
             dbeta -= jnp.sum(k[:, here].astype(f32) * to_state, axis=1)
             totals = jnp.sum(v[...].astype(f32) * dstate[...].astype(f32), axis=1)

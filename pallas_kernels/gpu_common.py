@@ -49,9 +49,12 @@ def rows_of(index, count=ROWS):
     return pl.ds(index * count, count)
 
 
-def unknown_zero():
-    """An index 0 that the compiler does not know: what follows from a known one, addresses for every wgmma, fills registers."""
-    return jax.lax.optimization_barrier(jnp.int32(0))
+def unknown_zero(turn=0):
+    """An index 0 that the compiler does not know: what follows from a known one, addresses for every wgmma, fills registers.
+
+    turn: in a loop its index, else the addresses are still worked out once, before it, and kept.
+    """
+    return jax.lax.optimization_barrier(jnp.int32(turn)) - turn
 
 
 def load(ref):
@@ -61,6 +64,14 @@ def load(ref):
     number in a kernel does, and a loop's carry must not change in that; what is computed from it does not say so any more.
     """
     return 1.0 * plgpu.load(ref, optimized=False)
+
+
+def store(ref, x):
+    """From registers to global memory, rows of any length; assignment does that in jax 0.11, in 0.12 from 128 bytes on."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
 
 
 def square(*shape, dtype=bf16):

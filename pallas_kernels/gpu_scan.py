@@ -19,6 +19,7 @@ from pallas_kernels.gpu_common import (
     products,
     rows_of,
     square,
+    store,
     transposed,
     unknown_zero,
 )
@@ -93,7 +94,7 @@ def scan(
         def one_block(n, state):
             """The first warpgroup's part."""
             block, slot, place = block_of(n), in_turn(n, stages), in_turn(n, places)
-            late_slot = unknown_zero() if late else slot
+            late_slot = unknown_zero(n) if late else slot
             parts, y = here.parts.at[place], here.y.at[place]
 
             @pl.when(n >= places)
@@ -168,7 +169,7 @@ def scan(
 
                 @pl.when(n + 1 < blocks)
                 def _():
-                    fetch_late(n + 1, unknown_zero(), here.late)
+                    fetch_late(n + 1, 0, here.late)
 
             if keep:
                 here.stored[...] = parts[:, pl.ds(0, columns)]
@@ -215,14 +216,14 @@ def scan(
         def _():
             first = load(source.state.at[b, h, :, where])
             last = jax.lax.fori_loop(jnp.int32(0), jnp.int32(blocks), one_block, first)
-            plgpu.store(target.last.at[b, h, :, where], last, optimized=False)
+            store(target.last.at[b, h, :, where], last)
 
         @pl.when(warpgroup == 1)
         def _():
             for n in range(stages):
                 fetch(jnp.int32(n))
             if late:
-                fetch_late(jnp.int32(0), unknown_zero(), here.late)
+                fetch_late(jnp.int32(0), 0, here.late)
             if not reverse:
                 fetch_queries(0)
                 fetch_scores(0)
