@@ -13,10 +13,15 @@ libraries taking turns; host_ms is a call of many in a row by the host's clock. 
 steps need at blocks of 64 rows, and every argument and result once; ratio_to_bound is to the larger of the times that these
 need at two ceilings measured first, of a large bfloat16 product and of a large copy.
 
-Made for a card that is there for minutes. What tells most comes first (`cells`), and the table is written after every row.
-JAX on the GPU, the peer, and what draws inputs and finds what is right (a CPU's work, one shape ahead) are processes: what
-fails, dies or takes longer than --patience becomes a row with a note, and the next job gets a new process. After --budget
-seconds it ends. Exit code 1 if a result of ours was wrong or missing.
+Made for a card that is there for minutes, on a machine without a network. What tells most comes first (`cells`), and the table is
+written after every row. Ours, "chunked", the peer, and what draws inputs and finds what is right (a CPU's work, one shape ahead)
+are processes: what fails, dies or takes longer than --patience (the peer, which tries out its kernels' settings: three times
+that) becomes a row with a note, and the next job gets a new process; who lets two jobs pass so is left out from then on. After
+--budget seconds it ends. Exit code 1 if a result of ours was wrong or missing.
+
+Nothing needs to be installed but JAX with its CUDA plugin, jaxtyping and absl-py (jax 0.11.2 does); ptxas may be the toolkit's or
+triton's. The peer's fla-core is pure Python and needs torch, triton and einops: where nothing can be fetched, bring its wheel,
+`pip install --no-deps --target=DIR fla_core-0.6.0-py3-none-any.whl`, and set PYTHONPATH=DIR.
 """
 
 import contextlib
@@ -29,6 +34,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from absl import app, flags
 
 from benchmarks import table
@@ -48,6 +54,7 @@ TASKS = {"gated delta rule": (1, True), "delta product 4": (4, False), "delta ru
 }
 PASSES = ("forward", "forward+backward")
 OURS, PEER, CHUNKED = "pallas_gpu", "fla-core", "chunked"
+PATIENCE = {PEER: 3.0}  # of a library, in units of --patience
 
 _PEER_PYTHON = flags.DEFINE_string(
     "peer_python", None, "a Python with fla-core 0.6, torch and triton; else only ours run"
@@ -97,26 +104,26 @@ class Clock:
         """Seconds, less what it takes to end."""
         return _BUDGET.value - 5 - (time.monotonic() - self.start)
 
-    def patience(self) -> float:
+    def patience(self, times: float = 1.0) -> float:
         """Seconds that the next answer may take."""
-        return min(_PATIENCE.value, self.left())
+        return min(times * _PATIENCE.value, self.left())
 
 
-def row(shape, task, what, library, answers, note, peer_ms, ceilings) -> dict[str, object]:
+def row(shape, task, what, library, answers, note, ratio, ceilings) -> dict[str, object]:
     """One line of the table from the answers of a library to its jobs; without answers, the note alone."""
     flops, moved = work(what, shape, *TASKS[task])
     figures = dict.fromkeys(("ms", "times_as_fast_as_fla", "tflops", "gb_per_s", "ratio_to_bound"), "unmeasured")
     figures |= dict.fromkeys(("host_ms", "clock", "first_call_s", "relative_rms"), "unmeasured")
     if answers:
-        ms = statistics.median(x["ms"] for x in answers)
+        ms = median(answers, "ms")
         bound = max(flops / ceilings["tflops"], moved / ceilings["gb_per_s"]) * 1e3
         figures |= {
             "ms": f"{ms:.3f}",
-            "times_as_fast_as_fla": f"{peer_ms / ms:.2f}" if peer_ms else "unmeasured",
+            "times_as_fast_as_fla": f"{ratio:.2f}" if ratio else "unmeasured",
             "tflops": f"{flops / ms * 1e3:.1f}",
             "gb_per_s": f"{moved / ms * 1e3:.0f}",
             "ratio_to_bound": f"{ms / bound:.1f}",
-            "host_ms": f"{statistics.median(x['host_ms'] for x in answers):.3f}",
+            "host_ms": f"{median(answers, 'host_ms'):.3f}",
             "clock": "+".join(sorted({x["timer"] for x in answers})),
             "first_call_s": f"{answers[0]['first_call_s']:.1f}",
             "relative_rms": f"{max(worst(x) for x in answers):.1e}",
@@ -148,18 +155,27 @@ def compare(shape, task, what, folder, libraries, ceilings, clock):
             if clock.left() < 1:
                 notes[name] = "the budget ended"
                 continue
+            if process.unanswered > 1:
+                notes[name] = "left out: two jobs were not answered"
+                continue
+            patience = clock.patience(PATIENCE.get(name, 1.0))
             job = {"do": "measure", "library": name, "what": what, "folder": folder, "index": index}
             try:
-                answers[name].append(process.ask({**job, "calls": _CALLS.value}, clock.patience()))
+                answers[name].append(process.ask({**job, "calls": _CALLS.value}, patience))
             except WorkerError as error:
                 notes[name] = f"failed: {error}"
     peer = answers.get(PEER) or []
-    peer_ms = statistics.median(x["ms"] for x in peer) if peer else None
     for name in libraries:
-        clocks = {x["timer"] for x in answers[name] + peer}  # host's and device's times do not compare
-        ratio = peer_ms if len(clocks) == 1 else None
+        clocks = {x["timer"] for x in answers[name] + peer}
+        field = "ms" if len(clocks) == 1 else "host_ms"  # a host's and a device's times do not compare
+        ratio = median(peer, field) / median(answers[name], field) if peer and answers[name] else None
         note = verdict(answers[name], notes[name], _TOLERANCE.value)
         yield row(shape, task, what, name, answers[name], note, ratio, ceilings)
+
+
+def median(answers, field: str) -> float:
+    """Of the input sets."""
+    return statistics.median(x[field] for x in answers)
 
 
 def main(_: list[str]) -> None:
@@ -184,17 +200,34 @@ def _known(flag: str, values, allowed):
     return values
 
 
+def toolkit(packages: Path, usual: Path = Path("/usr/local/cuda")) -> Path | None:
+    """Where Mosaic GPU finds bin/ptxas if it is not among JAX's own packages."""
+    if list(packages.glob("nvidia/cu*/bin/ptxas")):
+        return None
+    known = (shutil.which("ptxas"), usual / "bin/ptxas", packages / "triton/backends/nvidia/bin/ptxas")
+    return next((Path(x).resolve().parents[1] for x in known if x and Path(x).exists()), None)
+
+
 def settings() -> dict[str, str]:
-    """What JAX on the GPU needs to know: to leave memory to the peer, and where ptxas is if it is not jax's own."""
-    found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    ptxas = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
-    if "CUDA_ROOT" not in os.environ and not list(Path(sys.prefix).glob("lib/*/site-packages/nvidia/cu*/bin/ptxas")):
-        found |= {"CUDA_ROOT": str(Path(ptxas).resolve().parents[1])} if Path(ptxas).exists() else {}
-    rehearsal = {
-        "JAX_PLATFORMS": "cpu",
-        "NPROC": "16",
-    }  # threads for the interpreter's warpgroups, which wait for each other
-    return found | (rehearsal if _REHEARSE.value else {"JAX_PLATFORMS": "cuda,cpu"})
+    """What JAX on the GPU needs to know: to leave memory to the peer, and where ptxas is."""
+    if _REHEARSE.value:  # threads for the interpreter's warpgroups, which wait for each other
+        return {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+    found = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    root = None if "CUDA_ROOT" in os.environ else toolkit(Path(jax.__file__).parents[1])
+    return found | ({"CUDA_ROOT": str(root)} if root else {})
+
+
+def hello(process: Worker, clock: Clock) -> dict:
+    """The device and its ceilings; asked again if no answer comes, as all stands or falls with it.
+
+    Raises:
+      WorkerError: no answer the second time either.
+    """
+    try:
+        return process.ask({"do": "hello"}, clock.patience())
+    except WorkerError as error:
+        print(f"JAX on the GPU: {error}; once more", flush=True)
+        return process.ask({"do": "hello"}, clock.patience(2.0))
 
 
 def _main(cleanup: contextlib.ExitStack):
@@ -202,10 +235,10 @@ def _main(cleanup: contextlib.ExitStack):
     shapes = [_shape(x) for x in _SHAPES.value] if _SHAPES.value else list(TINY if _REHEARSE.value else SHAPES)
     tasks, passes = _known("tasks", _TASKS.value, list(TASKS)), _known("passes", _PASSES.value, PASSES)
     wanted = _known("libraries", _LIBRARIES.value, (OURS, PEER, CHUNKED))
-    ours = Worker(sys.executable, "benchmarks.gpu_worker", settings())
+    ours, chunked = (Worker(sys.executable, "benchmarks.gpu_worker", settings()) for _ in range(2))
     oracle = Worker(sys.executable, "benchmarks.gpu_worker", {"JAX_PLATFORMS": "cpu"})
     peer = Worker(_PEER_PYTHON.value, "benchmarks.gpu_peer") if _PEER_PYTHON.value else None
-    for process in filter(None, (ours, oracle, peer)):
+    for process in filter(None, (ours, chunked, oracle, peer)):
         cleanup.callback(process.stop)
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
     planned = list(cells(shapes, tasks))
@@ -224,12 +257,12 @@ def _main(cleanup: contextlib.ExitStack):
         with contextlib.suppress(WorkerError):  # it says so when it is asked
             peer.send({"do": "hello"})
     try:
-        about = ours.ask({"do": "hello"}, clock.patience())
+        about = hello(ours, clock)
     except WorkerError as error:
         raise RunError(f"no GPU for JAX: {error}") from error
     if about["platform"] != "gpu" and not _REHEARSE.value:
         raise RunError(f"this needs a Hopper GPU, and jax.devices()[0] is {about['device']!r}")
-    versions, processes = "no peer", {OURS: ours, CHUNKED: ours}
+    versions, processes = "no peer", {OURS: ours, CHUNKED: chunked}
     if peer:
         try:
             versions, processes[PEER] = peer.receive(clock.patience())["version"], peer

@@ -42,6 +42,7 @@ class Worker:
         self.command: Sequence[str] = (python, "-m", module)
         self.environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen | None = None
+        self.unanswered = 0  # jobs to which no answer came in time
 
     def send(self, job: dict) -> None:
         """Give it a job; `receive` has the answer.
@@ -79,6 +80,7 @@ class Worker:
         assert self.process.stdout
         if not select.select([self.process.stdout], [], [], max(seconds, 0.0))[0]:
             self.stop()
+            self.unanswered += 1
             raise WorkerError(f"no answer after {seconds:.0f} s")
         answer = self.process.stdout.readline()
         if not answer:

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_a_job_that_goes_wrong_costs_one_answer(tmp_path):
         with pytest.raises(worker.WorkerError, match=f"^{message}$"):
             process.ask({"do": job}, seconds)
         assert process.ask({"do": "well"}, 60) != first  # by another process
+    assert process.unanswered == 1
     process.stop()
     with pytest.raises(worker.WorkerError, match="No such file"):
         worker.Worker("/no/python", "stub").send({})
@@ -55,6 +57,37 @@ def test_a_wrong_result_is_a_note():
     assert gpu_delta_rule.verdict(answers[:0], "failed: x", 1e-2) == "failed: x"
     assert gpu_delta_rule.verdict([{"errors": {"o": 1e-3}}], "", 1e-2) == ""
     assert [gpu_delta_rule.worst(x) for x in answers] == [float("inf"), 0.5]
+
+
+def test_what_hangs_again_and_again_is_left_out():
+    gpu_delta_rule.flags.FLAGS.mark_as_parsed()
+    hanging = worker.Worker("/no/python", "stub")
+    hanging.unanswered = 2
+    peaks = {"tflops": 800.0, "gb_per_s": 3000.0}
+    arguments = ((1, 64, 1, 64), "delta rule", "forward", "", {"pallas_gpu": hanging}, peaks, gpu_delta_rule.Clock())
+    (row,) = gpu_delta_rule.compare(*arguments)
+    assert (row["ms"], row["note"]) == ("unmeasured", "left out: two jobs were not answered")
+
+
+def test_host_times_are_compared_where_one_has_no_other():
+    gpu_delta_rule.flags.FLAGS.mark_as_parsed()
+
+    def process(ms, host_ms, timer):
+        answer = {"ms": ms, "host_ms": host_ms, "timer": timer, "first_call_s": 1.0, "errors": {"o": 1e-3}}
+        return types.SimpleNamespace(unanswered=0, ask=lambda *_: answer)
+
+    libraries = {"pallas_gpu": process(1.0, 2.0, "cupti"), "fla-core": process(3.0, 3.0, "host")}
+    peaks = {"tflops": 800.0, "gb_per_s": 3000.0}
+    arguments = ((1, 64, 1, 64), "delta rule", "forward", "", libraries, peaks, gpu_delta_rule.Clock())
+    assert [row["times_as_fast_as_fla"] for row in gpu_delta_rule.compare(*arguments)] == ["1.50", "1.00"]
+
+
+def test_ptxas_is_found_beside_triton(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for place, found in (("triton/backends/nvidia", tmp_path / "triton/backends/nvidia"), ("nvidia/cu13", None)):
+        (tmp_path / place / "bin").mkdir(parents=True)
+        (tmp_path / place / "bin/ptxas").touch()
+        assert gpu_delta_rule.toolkit(tmp_path, usual=tmp_path / "none") == found
 
 
 def test_rehearsal(tmp_path):
