@@ -93,9 +93,14 @@ def products(*pairs):
     return pl.run_scoped(accumulate, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), f32))
 
 
-def parts_of(x):
-    """X in parts; rounded by integer arithmetic, as converting one number there and back is slow."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)
+def parts_of(x, rounded=True):
+    """X in parts; the first rounded or, which is less work and costs one bit of the sum, cut off.
+
+    By integer arithmetic, as converting one number there and back is slow.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    if rounded:
+        bits += jnp.uint32(0x8000)
     head = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), f32)
     return head.astype(bf16), (x - head).astype(bf16)
 

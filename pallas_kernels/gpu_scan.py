@@ -78,7 +78,7 @@ def scan(
         where = pl.ds(v * columns, columns)
 
         def put_beside(ref, x):
-            ref[:, pl.ds(0, columns)], ref[:, pl.ds(columns, columns)] = parts_of(x)
+            ref[:, pl.ds(0, columns)], ref[:, pl.ds(columns, columns)] = parts_of(x, rounded=False)
 
         def folded(*pairs):
             """Products with parts that stand beside each other, which one wgmma takes at once."""
@@ -172,7 +172,8 @@ def scan(
                     fetch_late(n + 1, 0, here.late)
 
             if keep:
-                here.stored[...] = parts[:, pl.ds(0, columns)]
+                head, rest = (parts[:, pl.ds(start, columns)].astype(f32) for start in (0, columns))
+                here.stored[...] = (head + rest).astype(bf16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(here.stored, target.states.at[b, block, h, :, where])
                 plgpu.copy_smem_to_gmem(y, target.y.at[b, rows_of(block), h, where])
