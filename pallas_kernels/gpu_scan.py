@@ -78,7 +78,7 @@ def scan(
         where = pl.ds(v * columns, columns)
 
         def put_beside(ref, x):
-            ref[:, pl.ds(0, columns)], ref[:, pl.ds(columns, columns)] = parts_of(x, rounded=False)
+            ref[...] = jnp.concatenate(parts_of(x, rounded=False), axis=1)
 
         def folded(*pairs):
             """Products with parts that stand beside each other, which one wgmma takes at once."""
