@@ -8,8 +8,8 @@ The kernels of a gradient (B1 T8192, bfloat16) go through Mosaic GPU, LLVM and p
 driver for nothing but the device's compute capability: a stub, built with `cc`, answers. "issue cycles" are the stall
 counts that ptxas wrote into the instructions, added up: over one pass through the code (its loops once), for the scans over
 one block of rows (the loop of the warpgroup that goes from state to state). It is the least that the instructions of a warp
-take to issue: no wait for memory, barriers or tensor cores is in it. "barriers" and "wgmmas" are those on the same way. These
-are facts about code, not times.
+take to issue: no wait for memory, barriers or tensor cores is in it; "serial" of them while no wgmma of the warp is under way.
+"barriers" and "wgmmas" are those on the same way. These are facts about code, not times.
 """
 
 import os
@@ -131,7 +131,9 @@ def facts(files: dict[str, str], shared: int, of_loop: bool) -> dict[str, int]:
     first, last = max(loops, key=lambda loop: loop[1] - loop[0]) if of_loop else (0, len(lines))
     threads = 256 if of_loop else 128  # a scan has two warpgroups
     way = "\n".join(lines[first : last + 1])
-    issue = re.findall(r":(\d\d) +/\*[0-9a-f]{4,}\*/", way)
+    stalls = r":(\d\d) +/\*[0-9a-f]{4,}\*/"
+    under_way = "".join(re.findall(r"WARPGROUP\.ARRIVE.*?WARPGROUP\.DEPBAR", way, re.DOTALL))
+    issue, hidden = (sum(map(int, re.findall(stalls, text))) for text in (way, under_way))
     return {
         "registers": int(registers),
         "spilled_bytes": spills,
@@ -140,7 +142,8 @@ def facts(files: dict[str, str], shared: int, of_loop: bool) -> dict[str, int]:
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/", files["sass_ctrl"])),
         "wgmmas": len(re.findall("HGMMA", way)),
         "barriers": len(re.findall(r"BAR\.SYNC", way)),
-        "issue_cycles": sum(map(int, issue)),
+        "issue_cycles": issue,
+        "serial_cycles": issue - hidden,
     }
 
 

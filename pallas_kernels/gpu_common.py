@@ -84,11 +84,17 @@ def transposed(ref):
 
 def products(*pairs):
     """The sum of the products of pairs of references, in float32."""
+    return products_while(tuple, *pairs)[0]
+
+
+def products_while(work, *pairs):
+    """(the sum of the products, work()): what is worked out while the tensor cores are busy."""
 
     def accumulate(acc):
         for a, b in pairs:
             plgpu.wgmma(acc, a, b)
-        return acc[...]
+        found = work()
+        return acc[...], found
 
     return pl.run_scoped(accumulate, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), f32))
 

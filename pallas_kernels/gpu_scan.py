@@ -17,6 +17,7 @@ from pallas_kernels.gpu_common import (
     load,
     parts_of,
     products,
+    products_while,
     rows_of,
     square,
     store,
@@ -80,10 +81,10 @@ def scan(
         def put_beside(ref, x):
             ref[...] = jnp.concatenate(parts_of(x, rounded=False), axis=1)
 
-        def folded(*pairs):
-            """Products with parts that stand beside each other, which one wgmma takes at once."""
-            both = products(*pairs)
-            return both[:, :columns] + both[:, columns:]
+        def folded(*pairs, work=tuple):
+            """(products with parts that stand beside each other, which one wgmma takes at once; what is done meanwhile)."""
+            both, done = products_while(work, *pairs)
+            return both[:, :columns] + both[:, columns:], done
 
         def block_of(n):
             return blocks - 1 - n if reverse else n
@@ -107,23 +108,34 @@ def scan(
             keys, inverse = here.k.at[slot], here.inverses.at[slot]
             w_in, w_state, w_out = (along_rows(here.weights[slot, kind], columns) for kind in range(3))
             total = along_rows(here.totals[slot], columns) if channels else here.weights[slot, 3, 0]
-            of_state = folded((keys, parts))
-            put_beside(here.work, w_in * here.x[slot].astype(f32) + w_state * of_state)
+            of_state, of_input = folded((keys, parts), work=lambda: w_in * here.x[slot].astype(f32))
+            put_beside(here.work, of_input + w_state * of_state)
             plgpu.commit_smem()
             head, rest = (inverse.at[:, rows_of(part)] for part in range(2))
             if reverse:
                 head, rest = transposed(head), transposed(rest)
-            solution = folded((head, here.work), (rest, here.work))
-            y[...] = solution.astype(bf16)
+            solution = folded((head, here.work), (rest, here.work))[0]
             put_beside(here.work, w_out * solution)
             plgpu.commit_smem()
             if late:
                 plgpu.barrier_wait(here.late)
             of_keys = here.k_out.at[late_slot] if channels else keys
-            state = total * state + folded((transposed(of_keys), here.work))
-            if reverse:
-                ends = jnp.where(jax.lax.rem(block, jnp.int32(steps)) == 0, 1.0, 0.0)
-                state += ends * here.extra[late_slot].astype(f32)
+
+            def decayed():
+                kept = total * state
+                if reverse:
+                    ends = jnp.where(jax.lax.rem(block, jnp.int32(steps)) == 0, 1.0, 0.0)
+                    kept += ends * here.extra[late_slot].astype(f32)
+                return kept
+
+            def meanwhile():
+                kept = None if key_dim == 256 else decayed()  # there registers do not hold both
+                y[...] = solution.astype(bf16)
+                plgpu.commit_smem()
+                return kept
+
+            update, kept = folded((transposed(of_keys), here.work), work=meanwhile)
+            state = update + (decayed() if kept is None else kept)
             plgpu.barrier_arrive(here.done.at[place])
             return state
 
@@ -200,7 +212,7 @@ def scan(
 
         def of_state(chunk, parts):
             plgpu.barrier_wait(here.queries)
-            o = folded((here.q, parts))
+            o = folded((here.q, parts))[0]
             if tokens is not None:
                 o *= along_rows(here.tokens[...], columns)
             plgpu.commit_smem()  # all warps have left q
