@@ -5,6 +5,7 @@ import threading
 
 import jax
 import pytest
+from training_runs import Ended, assert_killed
 
 from deltajax.training import attendance
 from deltajax.training.attendance import CALLED, PRESENT, SAID, VERDICT
@@ -87,3 +88,25 @@ def test_causes_are_of_the_runtime():
     except RuntimeError as error:
         assert attendance.is_of_runtime(error)
     assert not attendance.is_of_runtime(RuntimeError("could not be written"))
+
+
+def test_only_what_gloo_ends_may_be_silent():
+    """The helper of the tests with processes: whom it excuses, and what it says of one that ended without a word."""
+    killed = Ended(-9, "", "", 0.0)
+    gloo = Ended(-6, "", "gloo::EnforceNotMet\nReceived data size doesn't match expected size.", 0.0)
+
+    def says(names: str) -> Ended:
+        line = f"error: {names} gone; last good checkpoint: step 8; to continue start all of them again\n"
+        return Ended(1, "", line, 0.0)
+
+    one, two = says("process 1 of 3 is"), says("processes 1, 2 of 3 are")
+    assert assert_killed([one, killed, one], 1) == [8, 8]
+    assert assert_killed([two, killed, gloo], 1) == [8]
+    assert assert_killed([gloo, killed, Ended(-6, "", "", 0.0)], 1) == []
+    for other in (one, two):
+        with pytest.raises(
+            AssertionError, match=r"process 2: code -6, said nothing; its log ends: detected fatal errors"
+        ):
+            assert_killed([other, killed, Ended(-6, "", "detected fatal errors", 0.0)], 1)
+    with pytest.raises(AssertionError, match="process 0 should say"):
+        assert_killed([one, killed, gloo], 1)

@@ -99,26 +99,39 @@ def run_together(workdir: Path, accidents: list[tuple[str, int]], *arguments: st
 
 
 def assert_killed(ended: list[Ended], victim: int) -> list[int]:
-    """One was killed, all others ended and said who is gone; when it was the first, JAX has aborted them.
+    """One was killed, all others ended and said who is gone; when the first is among those, JAX has aborted the rest.
+
+    Gloo may take a process along without a word (`_ended_by_gloo`): that one counts as gone.
 
     Returns:
       The last good checkpoint, as each of the others named it.
     """
     assert ended[victim].code == -signal.SIGKILL, f"process {victim} was to be killed; {_described(ended)}"
+    gone = [index for index, process in enumerate(ended) if index == victim or _ended_by_gloo(process)]
+    names = f"process{'es' * (len(gone) > 1)} {', '.join(map(str, gone))}"
+    said = f"error: {names} of {len(ended)} {'are' if len(gone) > 1 else 'is'} gone"
     kept = []
     for index, process in enumerate(ended):
-        if index == victim:
+        if index in gone:
             continue
-        if victim == 0:
+        if 0 in gone:
             aborted = process.code in (-signal.SIGABRT, 1)
             assert aborted, f"process {index} should have been aborted by JAX; {_described(ended)}"
             continue
-        gone = rf"error: process {victim} of {len(ended)} is gone"
-        said = rf"{gone}; last good checkpoint: step (\d+); to continue start all of them again"
-        found = re.fullmatch(said, "\n".join(process.messages))
-        assert found and process.code == 1, f"process {index} should say {gone!r}, code 1; {_described(ended)}"
+        line = rf"{said}; last good checkpoint: step (\d+); to continue start all of them again"
+        found = re.fullmatch(line, "\n".join(process.messages))
+        assert found and process.code == 1, f"process {index} should say {said!r}, code 1; {_described(ended)}"
         kept.append(int(found[1]))
     return kept
+
+
+def _ended_by_gloo(process: Ended) -> bool:
+    """Whether it met a message of another size than it waited for, which a thread of Gloo answers by ending the process.
+
+    Seen once in some 100 kills: XLA adds up many arrays in one all-reduce, and where one fails may begin with the next.
+    """
+    reason = "Received data size doesn't match expected size"
+    return process.code == -signal.SIGABRT and "gloo::EnforceNotMet" in process.err and reason in process.err
 
 
 def _described(ended: list[Ended]) -> str:
