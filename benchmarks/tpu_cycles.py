@@ -7,8 +7,8 @@
 B1, T8192, H16, K = V = 128, bfloat16, scalar gate; cycles in thousands. "kernels" are the Pallas calls, "xla" everything that
 XLA does around them. "no estimate": the profiler gave up on a program.
 
-- pallas_tpu: the static profile at two short lengths; the slope between them times T, because the cycles of a Pallas call
-  are linear in its grid. vmem_kib is what each kernel reserves of VMEM, spills its stores of registers to VMEM a chunk.
+- pallas_tpu: the static profile of the whole program. vmem_kib is what each kernel reserves of VMEM, spills its stores of
+  registers to VMEM a chunk.
 - chunked: at the full length, the profile of each operation times the trip counts of the loops that it stands in. What the
   profile leaves out (of identical operations it gives one, and it may abort) counts by the estimate in the compiled text,
   scaled by how the two stand to each other where there are both.
@@ -87,7 +87,8 @@ class Compiled(NamedTuple):
     """A compiled program.
 
     Attributes:
-      text: of the optimised module; empty if the profiler aborted.
+      text: of the optimised module; empty if the profiler aborted, or with it XLA gave up, which then does not try again where
+        it put more into VMEM than there is.
       cycles: of its operations by the static profile, as far as that goes.
       spills: of its kernels: stores of registers to VMEM.
     """
@@ -110,10 +111,6 @@ def compile_program(
         ]
         if profile:
             options.append(f"--xla_jf_dump_static_llo_profile_to={folder}")
-        if (
-            generation == "tpu7x" and length < LENGTH
-        ):  # whole arrays would go to VMEM, of which it has half, beside the kernels
-            options.append("--xla_msa_enable=false")
         settings = {
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from it is not profiled
@@ -126,12 +123,12 @@ def compile_program(
         sizes = map(str, (length, steps, HEADS, DIM))
         command = [sys.executable, "-c", PROGRAM, TOPOLOGY[generation], implementation, what, *sizes]
         done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
-        if "Traceback" in done.stderr:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
         cycles: dict[str, int] = {}
         for file in Path(folder).glob("*static_llo_profile*"):
             found = re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', file.read_text())
             cycles |= {name: int(count) for name, count in found}
+        if "Traceback" in done.stderr and not cycles:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
         tables = Path(folder).glob(f"*{utilization}*")
         spills = {kernel: _spills(file) for file in tables if (kernel := _kernel(file.name))}
     return Compiled(done.stdout, cycles, spills)
@@ -159,15 +156,16 @@ def _vmem(text: str) -> dict[str, int]:
     return found
 
 
-def kernels(generation: str, what: str, length: int, steps: int) -> dict[str, Any] | None:
-    """Cycles ("kernels", "xla") of one program, "vmem" and "spills" of its kernels; None if the profiler gave none for one."""
-    program = compile_program(generation, "pallas_tpu", what, length, steps)
+def kernels(generation: str, what: str, steps: int) -> dict[str, Any] | None:
+    """Cycles ("kernels", "xla") of our program, "vmem" and "spills" of its kernels; None if the profiler gave none for one."""
+    program = compile_program(generation, "pallas_tpu", what, LENGTH, steps)
+    if not {_kernel(name) for name in program.cycles} >= set(what.split("+")):
+        return None
     found: collections.Counter[str] = collections.Counter()
     for name, count in program.cycles.items():
         found["kernels" if _kernel(name) else "xla"] += count
-    if not {_kernel(name) for name in program.cycles} >= set(what.split("+")):
-        return None
-    return {**found, "vmem": _vmem(program.text), "spills": program.spills}
+    text = program.text or compile_program(generation, "pallas_tpu", what, LENGTH, steps, profile=False).text
+    return {**found, "vmem": _vmem(text), "spills": program.spills}
 
 
 def loops(generation: str, what: str, steps: int) -> float:
@@ -189,14 +187,12 @@ def measure(generation: str, what: str, steps: int, implementation: str = "palla
     row = {"generation": generation, "implementation": implementation, "pass": what, "steps": str(steps)}
     row |= dict.fromkeys(("vmem_kib", "spills"), "")
     if implementation == "pallas_tpu":
-        chunk = 1 << (64 // steps).bit_length() - 1  # tokens
-        short, long = 4 * chunk, 8 * chunk
-        first, second = (kernels(generation, what, length, steps) for length in (short, long))
-        if first is None or second is None:
+        ours = kernels(generation, what, steps)
+        if ours is None:
             return row | {"bound": f"{bound / 1e3:.0f}"} | dict.fromkeys(FIGURES, "no estimate")
-        row["vmem_kib"] = _by_kernel({kernel: size // 1024 for kernel, size in second["vmem"].items()})
-        row["spills"] = _by_kernel(second["spills"])
-        found = {part: (second[part] - first[part]) / (long - short) * LENGTH for part in ("kernels", "xla")}
+        row["vmem_kib"] = _by_kernel({kernel: size // 1024 for kernel, size in ours["vmem"].items()})
+        row["spills"] = _by_kernel(ours["spills"])
+        found = {part: ours[part] for part in ("kernels", "xla")}
     elif implementation == "matmul":
         bound = 2 * LENGTH * (HEADS * DIM) ** 2 / FLOPS_PER_CYCLE[generation]
         found = {

@@ -27,11 +27,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_bfloat16, tpu_chunk
 from pallas_kernels.manual_axes import results
-from pallas_kernels.tpu_bfloat16_call import tpu_info
+from pallas_kernels.tpu_bfloat16_common import LOWEST_GATE, tpu_info
 
 ROWS = 64  # rows of a chunk, at most
 HEADS = 16  # value heads of a block
-LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
 SPILLS = 11  # float32 arrays [heads, N, K + V] that the backward keeps in VMEM for want of registers, at most
 MORE_SPILLS = 16  # in float32, and as many more with channel gates
 SEMANTICS: tuple | None = ("parallel", "parallel", "arbitrary")  # of the grid
@@ -45,8 +44,7 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     """
     if initial_state.dtype != jnp.float32:
         raise NotImplementedError(f"the state must be float32, got {initial_state.dtype}")
-    if g is not None:
-        g = g.astype(jnp.float32) if g.ndim == q.ndim else jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
+    g = g if g is None else g.astype(jnp.float32)
     heads = v.shape[3]
     if heads > max(HEADS, 2 * q.shape[2]):
         q, k = (jnp.repeat(x, heads // x.shape[-2], axis=-2) for x in (q, k))
@@ -137,7 +135,7 @@ def _general(q, k, v, beta, g, initial_state, scale):
         return jnp.moveaxis(x.reshape(batch, chunks, 1, tokens * steps, heads), 4, 2)
 
     per_channel = g is not None and g.ndim == q.ndim
-    per_row = [beta] if g is None or per_channel else [beta, _first_of_token(g, steps)]
+    per_row = [beta] if g is None or per_channel else [beta, _first_of_token(jnp.maximum(g, LOWEST_GATE), steps)]
     rows = jnp.concatenate([per_chunk(x) for x in per_row], axis=-2)
     sequences = (x.astype(dtype) for x in (q, _by_row(k), _by_row(v)))
     return _scan(*sequences, rows, g if per_channel else None, initial_state, scale)

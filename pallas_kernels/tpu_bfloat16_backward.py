@@ -16,14 +16,14 @@ channels.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu_bfloat16_call import PerHead, beta_and_gates, call, sizes
+from pallas_kernels.tpu_bfloat16_call import Kept, PerHead, beta_and_gates, call, sizes
 from pallas_kernels.tpu_bfloat16_common import (
     BF16,
     F32,
     LANES,
+    LOWEST_GATE,
     ROWS,
     Gates,
-    bits,
     column,
     dot,
     either,
@@ -33,6 +33,8 @@ from pallas_kernels.tpu_bfloat16_common import (
     lanes_of,
     left,
     one,
+    operand,
+    operands,
     padded,
     rows_of,
     run,
@@ -56,7 +58,8 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
         run(store("v", block.dv))
         outs["beta"][...] = block.gradient_of_beta()[: n.rows]
         if g is not None:
-            outs["g"][...] = block.gradient_of_gates()[: n.rows]
+            passed = jnp.where(refs["g"] > LOWEST_GATE, block.gradient_of_gates(), 0)  # none where it was raised to it
+            outs["g"][...] = passed[: n.rows]
 
     inputs = {"q": q, "k": k, **beta_and_gates(n, beta, g), "inverses": inverses, "z": z, "states": states}
     inputs |= {"o": do, "state": dlast}
@@ -83,7 +86,7 @@ class _Block:
     def __init__(self, n, refs, ds_ref, scale):
         self.n, self.half, self.scale, self.ds_ref = n, n.nh // 2, scale, ds_ref
         self.q, self.k, self.do = (PerHead(refs[name], n.nh // refs[name].shape[0]) for name in "qko")
-        self.t, self.z, self.s = (PerHead(refs[name]) for name in ("inverses", "z", "states"))
+        self.t, self.z, self.s = (Kept(refs[name]) for name in ("inverses", "z", "states"))
         self.gates = Gates(refs["beta"], refs.get("g"), n.tokens, n.steps)
         self.gated = self.gates.total is not None
         self.dq: dict[int, jax.Array] = {}
@@ -104,7 +107,7 @@ class _Block:
         pairs, heads = range(half), [h for p in range(half) for h in (p, p + half)]
         kq_turned = {h: transpose(rows_of(k[h], padded(q[h]))) for h in heads}
         scores, decays = gates.scores(pairs, q, k)
-        ends = {h: column(gates.to_end, h) * dot(k[h], bits(self.ds_ref[h])) for h in heads}
+        ends = {h: column(gates.to_end, h) * dot(k[h], operand(self.ds_ref[h])) for h in heads}
         dy = self._of_written(pairs, scores, ends)
         dx = self._of_values(pairs, dy)
         for h in heads:
@@ -116,7 +119,7 @@ class _Block:
         products = [self._of_scores(p, dx) for p in pairs]
         reads, writes = {}, {}
         for h in heads:
-            q_side = bits(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
+            q_side = operand(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
             # Two parts of what stays in the gradient of the state; 256 deep, as the array of v6e is.
             k_side, rest = split(-column(gates.from_start, h) * dx[h])
             reads[h] = dot(rows_of(k_side, q_side), self.s[h], (1, 1))
@@ -135,7 +138,7 @@ class _Block:
         dy = {}
         for p, (_, qk) in zip(pairs, scores, strict=True):
             other = p + self.half
-            turned = transpose(stacked(padded(bits(self.scale * qk))))
+            turned = transpose(stacked(padded(operand(self.scale * qk))))
             both = dot(turned, rows_of(padded(self.do[p]), padded(self.do[other])))
             dy[p], dy[other] = both[:ROWS] + ends[p], both[ROWS:] + ends[other]
         return dy
@@ -161,14 +164,16 @@ class _Block:
         other = p + self.half
         z = rows_of(self.z[p], self.z[other])
         (big, small), (big_other, small_other) = split(dx[p]), split(dx[other])
-        x = either(dot(rows_of(big, small, self.do[p], big_other, small_other, self.do[other]), z, (1, 1)))
+        x = either(
+            dot(rows_of(big, small, operand(self.do[p]), big_other, small_other, operand(self.do[other])), z, (1, 1))
+        )
         return rows_of(x[:ROWS] + x[ROWS : 2 * ROWS], x[2 * ROWS :])
 
     def _of_reads(self, h, reads):
         """Gradients of a head's q and k through the states, from their products with S^T."""
         gates, ds = self.gates, self.ds_ref[h]
-        y = bits(column(gates.to_end, h) * gates.beta[:, h : h + 1] * floats(self.z[h]))
-        self.dk[h], self.dq[h] = one() * reads[:ROWS] + dot(y, bits(ds), (1, 1)), reads[ROWS:]
+        y = operand(column(gates.to_end, h) * gates.beta[:, h : h + 1] * floats(self.z[h]))
+        self.dk[h], self.dq[h] = one() * reads[:ROWS] + dot(y, operand(ds), (1, 1)), reads[ROWS:]
         if self.gated:
             self._sum("from_start", h, floats(self.k[h]) * reads[:ROWS])
             self._sum("query", h, floats(self.q[h]) * reads[ROWS:])
@@ -184,11 +189,12 @@ class _Block:
         self.sums["beta"][p] = jnp.sum(dm_m, axis=0, keepdims=True)
         if self.gated:
             self._sum_scores(p, dm_m * row, dp_p * row)
-        d = rows_of(padded(bits(dp * row * decays[1])), bits(dm * row * decays[0]))
+        d = rows_of(padded(operand(dp * row * decays[1])), operand(dm * row * decays[0]))
         d_turned, nothing = transpose(d), jnp.zeros((ROWS // 2, self.n.key_dim), jnp.int32)
+        size = d_turned.shape[0] // 2
         for h, below, turned in (
-            (p, (self.k[p], nothing), d_turned[: ROWS // 2]),
-            (other, (nothing, self.k[other]), d_turned[ROWS // 2 :]),
+            (p, (self.k[p], nothing), d_turned[:size]),
+            (other, (nothing, self.k[other]), d_turned[size:]),
         ):
             x = dot(d, rows_of(*below))
             self.dq[h] = self.dq[h] + x[: self.n.tokens]
@@ -228,7 +234,7 @@ class _Block:
 def _masked_sums(mask, x):
     """mask [M, N] times float32 x [N, nh], to 24 bits."""
     head, rest = halves(x)
-    parts = (bits(head), *split(rest))
+    parts = (operand(head), *split(rest))
     copies = max(4, LANES // mask.shape[1])  # whole lanes: v5e's profiler does not know narrower products
-    nothing = jnp.zeros(((copies - 3) * mask.shape[1] // 2, x.shape[1]), jnp.int32)
-    return dot(bits(lanes_of(*[mask.astype(F32)] * copies)), rows_of(*parts, nothing))
+    nothing = jnp.zeros(*operands(rows=(copies - 3) * mask.shape[1], lanes=x.shape[1]))
+    return dot(operand(lanes_of(*[mask.astype(F32)] * copies)), rows_of(*parts, nothing))

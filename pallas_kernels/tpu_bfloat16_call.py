@@ -3,39 +3,33 @@
 import functools
 import itertools
 import types
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.manual_axes import results
-from pallas_kernels.tpu_bfloat16_common import F32, LANES, ROWS, bits, floats, iota, lanes_of, rows_of
+from pallas_kernels.tpu_bfloat16_common import (
+    F32,
+    LANES,
+    LOWEST_GATE,
+    ROWS,
+    bits,
+    compiled,
+    floats,
+    found_again,
+    iota,
+    lanes_of,
+    low_or_high,
+    rows_of,
+    word,
+)
 from pallas_kernels.tpu_bfloat16_inverse import BASE
 
 HEADS = 16  # value heads of a block, at most
 VMEM_LIMIT = 48 * 2**20  # bytes; tpu7x has 64 MiB
 SEMANTICS: tuple | None = ("parallel", "parallel", "arbitrary")  # of the grid
 PITCH = 9  # of `_Words`
-
-
-def tpu_info() -> Any:
-    """What is known of the TPU that is compiled for; None in interpret mode on another platform."""
-    try:
-        return pltpu.get_tpu_info()
-    except ValueError:
-        return None
-
-
-def compiled() -> bool:
-    """False in interpret mode."""
-    return tpu_info() is not None
-
-
-def packs_in_memory() -> bool:
-    """Whether two rows come into one word by way of VMEM: on v5e, where that takes two stores and a load."""
-    return compiled() and tpu_info().chip_version == pltpu.ChipVersion.TPU_V5E
 
 
 class PerHead:
@@ -152,23 +146,18 @@ class _Words:
             self.ref[part, self._every(pair, 1, 0), :] = x[:, part * 128 : (part + 1) * 128]
 
 
-def _word(low, high):
-    """Two arrays of float32 as one of words, rounded."""
-    low, high = (jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF8000) for x in (low, high))
-    low, high = low + jnp.uint32(0x8000), high + jnp.uint32(0x8000)
-    return jax.lax.bitcast_convert_type(low >> 16 | high & jnp.uint32(0xFFFF0000), jnp.int32)
-
-
-def _low_or_high(words, high):
-    """float32 of one half of words."""
-    return jax.lax.bitcast_convert_type(words & -0x10000 if high else words << 16, F32)
-
-
 def _exchanged(x, y):
     """Words of the low halves of x and y, and of their high halves: from words of two heads in even rows and in odd rows to
     words of two rows of the one head and of the other.
     """
     return x & 0xFFFF | y << 16, x >> 16 & 0xFFFF | y & -0x10000
+
+
+class Kept(PerHead):
+    """The same of what was `kept`."""
+
+    def __getitem__(self, head):
+        return found_again(self.ref[head])
 
 
 class _Values:
@@ -180,7 +169,7 @@ class _Values:
     def __getitem__(self, head):
         if not isinstance(self.ref, _Words):
             return floats(self.ref[head])
-        x = _low_or_high(self.ref.read(head // 2), head % 2)
+        x = low_or_high(self.ref.read(head // 2), head % 2)
         if self.there is not None:
             x = jnp.where(iota(x.shape, 0) < self.there, x, 0)
         return x if x.shape[0] == ROWS else rows_of(x, jnp.zeros((ROWS - x.shape[0], x.shape[1]), F32))
@@ -220,6 +209,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
 
     def columns(name, ref):
         x = load(name, ref[...])
+        x = x if name == "beta" else jnp.maximum(x, LOWEST_GATE)
         return x if n.rows == ROWS else rows_of(x, jnp.zeros((ROWS - n.rows, x.shape[1]), F32))
 
     def store(ref, words, heads):
@@ -229,7 +219,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
             ref[0] = jnp.swapaxes(x, 0, 1).astype(ref.dtype)
             return
         for i in range(8):
-            words.write(i, _word(*(heads[h][:rows] for h in (2 * i, 2 * i + 1))))
+            words.write(i, word(*(heads[h][:rows] for h in (2 * i, 2 * i + 1))))
             yield
         words.empty(ref)
 
@@ -302,6 +292,8 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
             *(pltpu.VMEM(shape, dtype) for shape, dtype in carried.values()),
             pltpu.VMEM((n.nh, n.key_dim, n.value_dim), F32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True
+        ),
         name=f"delta_product_{name}",
     )(*inputs.values())

@@ -7,9 +7,10 @@ their products fill each other's latencies.
 
 bfloat16 matrices [rows, lanes] are held as 32-bit pairs of rows, [rows / 2, lanes], which is what the registers hold:
 then parts are put together, masked and stored as they are. (Of bfloat16 arrays Mosaic makes half-filled tiles in between.)
+On v5e and v5p two rows come into one word by way of VMEM; there what is computed stays float32, which products round (`operand`).
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 ROWS = 64  # of keys and values in a chunk; with R = 3 the last 16 are zeros
 LANES = 2 * ROWS
+LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
 F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def tpu_info() -> Any:
+    """What is known of the TPU that is compiled for; None in interpret mode on another platform."""
+    try:
+        return pltpu.get_tpu_info()
+    except ValueError:
+        return None
+
+
+def compiled() -> bool:
+    """False in interpret mode."""
+    return tpu_info() is not None
+
+
+def packs_in_memory() -> bool:
+    """Whether two rows come into one word by way of VMEM: on v5e and v5p, where that takes two stores and a load."""
+    return compiled() and tpu_info().chip_version in (pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P)
 
 
 def iota(shape, axis):
@@ -41,9 +61,46 @@ def bits(x):
     return pltpu.bitcast(x.astype(BF16), jnp.int32)
 
 
+def operand(x):
+    """What a product takes of float32 or `bits`: `bits`, or float32 that `dot` rounds where `packs_in_memory`."""
+    if packs_in_memory():
+        return x if x.dtype == F32 else floats(x)
+    return bits(x) if x.dtype == F32 else x
+
+
+def operands(*lead, rows, lanes):
+    """(shape, dtype) of arrays of `operand`s [*lead, rows, lanes]."""
+    return ((*lead, rows, lanes), F32) if packs_in_memory() else ((*lead, rows // 2, lanes), jnp.int32)
+
+
 def floats(x):
-    """float32 of `bits`."""
-    return pltpu.bitcast(x, BF16).astype(F32)
+    """float32 of `bits` or float32."""
+    return x if x.dtype == F32 else pltpu.bitcast(x, BF16).astype(F32)
+
+
+def word(low, high):
+    """Two arrays of float32 as one of words, rounded."""
+    low, high = (jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF8000) for x in (low, high))
+    low, high = low + jnp.uint32(0x8000), high + jnp.uint32(0x8000)
+    return jax.lax.bitcast_convert_type(low >> 16 | high & jnp.uint32(0xFFFF0000), jnp.int32)
+
+
+def low_or_high(words, high):
+    """float32 of one half of words."""
+    return jax.lax.bitcast_convert_type(words & -0x10000 if high else words << 16, F32)
+
+
+def kept(x):
+    """An `operand` or float32 in half its bytes, [rows / 2, lanes]: `bits`, or words of rows i and i + rows / 2."""
+    if not packs_in_memory():
+        return operand(x)
+    rows = x.shape[0] // 2
+    return word(x[:rows], x[rows:])
+
+
+def found_again(words):
+    """The `operand` of what was `kept`."""
+    return rows_of(*(low_or_high(words, high) for high in range(2))) if packs_in_memory() else words
 
 
 def halves(x):
@@ -53,28 +110,19 @@ def halves(x):
 
 
 def split(x):
-    """Bits of the `halves` of x."""
-    return tuple(map(bits, halves(x)))
-
-
-def split_in_memory(ref, h):
-    """`split` of ref[h], float32 in VMEM, from even and odd rows loaded apart; the second part is cut, not rounded."""
-    rows = ref.shape[1] // 2
-    even, odd = (halves(ref[h, pl.ds(i, rows, stride=2), :]) for i in range(2))
-    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
-    words = (as_bits(low) >> 16 | as_bits(high) & jnp.uint32(0xFFFF0000) for low, high in zip(even, odd, strict=True))
-    return tuple(jax.lax.bitcast_convert_type(x, jnp.int32) for x in words)
+    """The `halves` of x for products."""
+    return tuple(map(operand, halves(x)))
 
 
 def dot(x, y, axes=(1, 0)):
-    """float32 product of two matrices of bits."""
-    x, y = pltpu.bitcast(x, BF16), pltpu.bitcast(y, BF16)
+    """float32 product of two matrices, of bits or float32, rounded."""
+    x, y = (z.astype(BF16) if z.dtype == F32 else pltpu.bitcast(z, BF16) for z in (x, y))
     return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=F32)
 
 
 def transpose(x):
-    """Bits of the transpose of a matrix of bits."""
-    return bits(pltpu.bitcast(x, BF16).T)
+    """Transpose of an `operand` or of `bits`, as `operand`."""
+    return operand(x).T if packs_in_memory() else bits(pltpu.bitcast(x, BF16).T)
 
 
 def one():
@@ -97,10 +145,12 @@ def left(x):
 
 
 def stacked(x):
-    """Bits of the pair's two heads, one above the other, in an array [2 rows, LANES] that is 0 in the other head's lanes."""
-    mask = jnp.where(
-        left(x), -1, 0
-    )  # no choice: of that v5e's compiler makes a masked product, which its profiler does not know
+    """The pair's two heads, one above the other, in an array [2 rows, LANES] that is 0 in the other head's lanes."""
+    # No choice: of that v5e's compiler makes a masked product, which its profiler does not know.
+    if x.dtype == F32:
+        mask = left(x).astype(F32)
+        return rows_of(x * mask, x * (1 - mask))
+    mask = jnp.where(left(x), -1, 0)
     return rows_of(x & mask, x & ~mask)
 
 
@@ -111,14 +161,28 @@ def either(x):
 
 
 def padded(x):
-    """Bits of [C, ..] with rows of zeros up to 64."""
-    rows = ROWS // 2 - x.shape[0]
+    """[C, ..] with rows of zeros up to 64."""
+    rows = (ROWS if x.dtype == F32 else ROWS // 2) - x.shape[0]
     return x if not rows else rows_of(x, jnp.zeros((rows, x.shape[1]), x.dtype))
 
 
 def column(x, h):
     """Column h of [rows, heads] as [rows, 1]; 1 without gates."""
     return 1.0 if x is None else x[:, h : h + 1]
+
+
+def columns(x):
+    """What `spread_column` takes of float32 x [rows, heads]: to 16 bits, two parts side by side."""
+    return x if packs_in_memory() else bits(lanes_of(*halves(x)))
+
+
+def spread_column(x, h, heads, lanes):
+    """Column h of `columns` over all lanes, [rows, lanes]; by the matrix unit, or where its array is small by the XLU."""
+    if packs_in_memory():
+        return jnp.broadcast_to(x[:, h : h + 1], (x.shape[0], lanes))
+    row = 2 * iota((heads, lanes), 0)
+    low, high = (jnp.where((row + i == h) | (row + i == heads + h), 0x3F80, 0) for i in range(2))  # 1.0 in bfloat16
+    return dot(x, (low | high << 16).astype(jnp.int32))
 
 
 def run(stages, beside=None, parts=0):
@@ -150,7 +214,7 @@ class Gates:
         if gates is None:
             return
         self.gate_rows = self._by_pair(gates)
-        masks = bits(rows_of(*self.meets, (i < j).astype(F32)))
+        masks = operand(rows_of(*self.meets, (i < j).astype(F32)))
         decays = jnp.exp(dot(masks, rows_of(*split(gates))))
         self.from_start, self.to_end = decays[:ROWS], decays[-ROWS:]
         self.from_start_q = decays[ROWS : ROWS + tokens] if self.steps > 1 else self.from_start
@@ -171,7 +235,7 @@ class Gates:
             # Times the mask: of a choice v5e's compiler makes a masked product, which its profiler does not know.
             gates += [lanes_of(*split(mask * row[: mask.shape[0]])) for mask in self.meets]
         s, j = iota((LANES, LANES), 0), iota((LANES, LANES), 1)
-        later = bits(((s // ROWS == j // ROWS) & (s > j)).astype(F32))
+        later = operand(((s // ROWS == j // ROWS) & (s > j)).astype(F32))
         decays = jnp.exp(dot(rows_of(*gates), rows_of(later, later)))
         size = decays.shape[0] // len(pairs)
         ends = range(size, decays.shape[0] + 1, size)

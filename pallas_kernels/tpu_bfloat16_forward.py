@@ -10,26 +10,31 @@ Everything that stays in the state is kept to 16 bits by products of two bfloat1
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from pallas_kernels.tpu_bfloat16_call import PerHead, beta_and_gates, call, packs_in_memory, sizes
+from pallas_kernels.tpu_bfloat16_call import PerHead, beta_and_gates, call, sizes
 from pallas_kernels.tpu_bfloat16_common import (
     F32,
     LANES,
     ROWS,
     Gates,
-    bits,
+    columns,
     dot,
     either,
     half_turn,
+    kept,
     lanes_of,
     left,
+    operand,
+    operands,
     rows_of,
     run,
     split,
-    split_in_memory,
+    spread_column,
     stacked,
     transpose,
 )
@@ -66,22 +71,24 @@ def forward(q, k, v, beta, g, state, scale, keep):
 
 
 def _carried(n, gated):
-    """What `_Ahead` leaves for `_Block`: q and k as `bits`, K^T, T in two parts, P, weights of columns; all of the next chunk."""
+    """What `_Ahead` leaves for `_Block` of the next chunk: q and k as `bits`, K^T, T in two parts, P, decay of the chunk, and by
+    head over all lanes what rows are multiplied by (`_weights`), in two places used in turn.
+    """
     half = n.nh // 2
     found = {
         "now_q": ((n.kh, n.tokens // 2, n.key_dim), jnp.int32),
         "now_k": ((n.kh, ROWS // 2, n.key_dim), jnp.int32),
-        "k_turned": ((half, n.key_dim // 2, LANES), jnp.int32),
-        "t": ((half, ROWS // 2, 2 * LANES), jnp.int32),
-        "p": ((half, n.tokens // 2, LANES), jnp.int32),
-        "weight": ((ROWS, n.nh), F32),
+        "k_turned": operands(half, rows=n.key_dim, lanes=LANES),
+        "t": operands(half, rows=ROWS, lanes=2 * LANES),
+        "p": operands(half, rows=n.tokens, lanes=LANES),
     }
-    if packs_in_memory():  # not carried: for `_Block._split`
-        found["packed"] = ((n.nh, ROWS, n.value_dim), F32)
-    if gated:
-        rows = {"from_start": ROWS, "from_start_q": n.tokens, "total": 1}
-        found |= {name: ((size, n.nh), F32) for name, size in rows.items()}
-    return found
+    found |= {name: ((2, n.nh, rows, n.value_dim), F32) for name, rows in _weights(n, gated).items()}
+    return found | ({"total": ((1, n.nh), F32)} if gated else {})
+
+
+def _weights(n, gated):
+    """What rows are multiplied by, and how many: those written to the state, and what keys and queries read from it."""
+    return {"weight": ROWS} | ({"from_start": ROWS, "from_start_q": n.tokens} if gated else {})
 
 
 class _Ahead:
@@ -101,16 +108,31 @@ class _Ahead:
         yield
         rows = [gates.beta_rows[p : p + 1] for p in pairs]
         ms = [kk * row for (kk, _), row in zip(scores, rows, strict=True)]
-        self.found["p"] = [bits(self.scale * qk * row) for (_, qk), row in zip(scores, rows, strict=True)]
+        self.found["p"] = [operand(self.scale * qk * row) for (_, qk), row in zip(scores, rows, strict=True)]
         self.found["k_turned"] = [transpose(rows_of(k[p], k[p + half])) for p in pairs]
-        self.found["weight"] = gates.beta if gates.total is None else gates.to_end * gates.beta
+        weights = [gates.beta]
         if gates.total is not None:
-            self.found |= {name: getattr(gates, name) for name in ("from_start", "from_start_q", "total")}
-        found = yield from inverses(ms, refs["spread"][...])
+            self.found["total"] = gates.total
+            weights = [gates.to_end * gates.beta, gates.from_start, self.scale * gates.from_start_q]
+        weights = columns(rows_of(*weights))
+        stages = inverses(ms, refs["spread"][...])
+        # Where the matrix unit has least to do; elsewhere the whole is up to a fifth slower.
+        yield from itertools.islice(stages, 4)
+        self._spread(weights, range(half))
+        yield from itertools.islice(stages, 2)
+        self._spread(weights, range(half, n.nh))
+        found = yield from stages
         self.found["t"] = [lanes_of(*split(x)) for x in found]
 
+    def _spread(self, weights, heads):
+        for h in heads:
+            x, first = spread_column(weights, h, self.n.nh, self.n.value_dim), 0
+            for name, rows in _weights(self.n, "total" in self.found).items():
+                self.refs[name][pl.program_id(2) % 2, h] = x[first : first + rows]
+                first += rows
+
     def keep(self):
-        """Leaves it for the next call, once `_Block` is done with what the last one left."""
+        """Leaves the rest for the next call, once `_Block` is done with what the last one left."""
         for name, x in self.found.items():
             if isinstance(x, list):
                 for p, of_pair in enumerate(x):
@@ -130,19 +152,11 @@ class _Block:
         self.v = refs["v"]
         self.refs = refs
         self.gated = "total" in refs
-        self.nothing = jnp.zeros((ROWS // 2, n.value_dim), jnp.int32)
+        self.nothing = jnp.zeros(*operands(rows=ROWS, lanes=n.value_dim))
         self.outs: dict[int, jax.Array] = {}
 
-    def _column(self, name, h):
-        return self.refs[name][:, h : h + 1] if self.gated else 1.0
-
-    def _split(self, ref, h, x=None):
-        """`split` of x, or of ref[h], in registers or by way of ref[h]."""
-        if not packs_in_memory():
-            return split(ref[h] if x is None else x)
-        if x is not None:
-            ref[h] = x
-        return split_in_memory(ref, h)
+    def _weight(self, name, h):
+        return self.refs[name][1 - pl.program_id(2) % 2, h]
 
     def run(self, store):
         """A generator: stage by stage, yielding after each head."""
@@ -151,32 +165,31 @@ class _Block:
         read, z = {}, {}
         for h in heads:
             kq = rows_of(self.k[h], self.q[h])
-            read[h] = dot(lanes_of(kq, kq), rows_of(*self._split(self.s_ref, h)))
+            read[h] = dot(lanes_of(kq, kq), rows_of(*split(self.s_ref[h])))
             yield
         for h in heads:
             z[h] = self._solve(h, read[h][:ROWS])
             yield
         for h in heads:
-            parts = (bits(z[h]), self.nothing) if h < half else (self.nothing, bits(z[h]))
-            from_state = self.scale * self._column("from_start_q", h) * read[h][ROWS:]
-            self.outs[h] = from_state + dot(self.refs["p"][h % half], rows_of(*parts))
+            parts = (operand(z[h]), self.nothing) if h < half else (self.nothing, operand(z[h]))
+            decay = self._weight("from_start_q", h) if self.gated else self.scale
+            self.outs[h] = decay * read[h][ROWS:] + dot(self.refs["p"][h % half], rows_of(*parts))
             yield
         for h in heads:
             if self.kept:
                 self._keep(h, z[h])
-            turned = self.refs["k_turned"][h % half]
-            turned = jnp.where(left(turned) == (h < half), turned, half_turn(turned))
-            written = dot(
-                turned, rows_of(*self._split(self.refs.get("packed"), h, self.refs["weight"][:, h : h + 1] * z[h]))
-            )
-            self.s_ref[h] = self._column("total", h) * self.s_ref[h] + written
+            there = self.refs["k_turned"][h % half]
+            turned = jnp.where(left(there) == (h < half), there, half_turn(there))
+            written = dot(turned, rows_of(*split(self._weight("weight", h) * z[h])))
+            decay = self.refs["total"][:, h : h + 1] if self.gated else 1.0
+            self.s_ref[h] = decay * self.s_ref[h] + written
             yield
         yield from store(self.outs)
 
     def _solve(self, h, read):
         """Z of a head, from two parts of its pair's T and what K reads from the state: (first + second) big + first small."""
-        x = self.v[h] - self._column("from_start", h) * read
-        (big, small), t, here = self._split(self.refs.get("packed"), h, x), self.refs["t"][h % self.half], h < self.half
+        x = self.v[h] - (self._weight("from_start", h) if self.gated else 1.0) * read
+        (big, small), t, here = split(x), self.refs["t"][h % self.half], h < self.half
         first, second = t[:, :LANES], t[:, LANES:]
         first_and_second = jnp.where(left(first) == here, first, half_turn(second))
         smalls = (small, self.nothing) if here else (self.nothing, small)
@@ -184,7 +197,7 @@ class _Block:
 
     def _keep(self, h, z):
         inverses_ref, z_ref, states_ref = self.kept
-        z_ref[h], states_ref[h] = bits(z), bits(self.s_ref[h])
+        z_ref[h], states_ref[h] = kept(z), kept(self.s_ref[h])
         if h < self.half:
             t = self.refs["t"][h]
-            inverses_ref[h] = lanes_of(*(either(transpose(stacked(x))) for x in (t[:, :LANES], t[:, LANES:])))
+            inverses_ref[h] = kept(lanes_of(*(either(transpose(stacked(x))) for x in (t[:, :LANES], t[:, LANES:]))))

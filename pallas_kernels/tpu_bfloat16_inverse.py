@@ -1,17 +1,18 @@
 """The inverse of a chunk in the bfloat16 TPU kernels: (I + M)^-1 of pairs of heads, by substitution and by doubling of blocks."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_bfloat16_common import (
     F32,
     LANES,
     ROWS,
-    bits,
     dot,
     halves,
     iota,
     lanes_of,
+    operand,
     rows_of,
     split,
 )
@@ -22,8 +23,10 @@ BASE = 8  # rows of the diagonal blocks that are inverted by substitution: a til
 def _block_diagonal(x, size):
     """Bits of a [LANES, LANES] matrix with the blocks of float32 x [size, LANES] on its diagonal."""
     copies = max(1, 16 // size)  # a tile of bfloat16 has 16 rows
-    x = bits(rows_of(*[x] * copies))
-    block = iota(x.shape, 1) // size - iota(x.shape, 0) // (size // 2)  # less which copy
+    x = operand(rows_of(*[x] * copies))
+    block = iota(x.shape, 1) // size - iota(x.shape, 0) // (
+        size // 2 if x.dtype == jnp.int32 else size
+    )  # less which copy
     return rows_of(*(jnp.where(block == i, x, 0) for i in range(0, LANES // size, copies)))
 
 
@@ -31,20 +34,20 @@ def _product(x, y):
     """Products of blocks side by side, [size, LANES], from two parts of each: (big + small) big + big small."""
     (big, small), size = halves(x), x.shape[0]
     left, right = rows_of(big, small), rows_of(big, jnp.zeros_like(big))
-    found = dot(lanes_of(bits(left), bits(right)), rows_of(*(_block_diagonal(part, size) for part in halves(y))))
+    found = dot(lanes_of(operand(left), operand(right)), rows_of(*(_block_diagonal(part, size) for part in halves(y))))
     return found[:size] + found[size:]
 
 
 def spread_columns():
     """Bits of [2 LANES, (BASE - 1) LANES]: column j of each diagonal block over the lanes of the block, from two parts."""
-    pair, lane = iota((LANES // 2, LANES), 0), iota((LANES // 2, LANES), 1)
+    pair, lane = np.indices((LANES // 2, LANES), np.int32)
 
     def ones(j):
-        low, high = (jnp.where(2 * pair + i == lane // BASE * BASE + j, 0x3F80, 0) for i in range(2))
-        return (low | high << 16).astype(jnp.int32)
+        low, high = (np.where(2 * pair + i == lane // BASE * BASE + j, 0x3F80, 0) for i in range(2))
+        return (low | high << 16).astype(np.int32)
 
-    one = lanes_of(*map(ones, range(BASE - 1)))
-    return rows_of(one, one)
+    one = np.concatenate([*map(ones, range(BASE - 1))], axis=1)
+    return np.concatenate([one, one])
 
 
 def inverses(ms, spread):

@@ -21,7 +21,7 @@ from tpu_compiler import run_program
 
 from benchmarks import tpu_cycles
 from deltajax.ops import delta_product
-from pallas_kernels import tpu, tpu_bfloat16, tpu_bfloat16_call, tpu_bfloat16_common, tpu_bfloat16_forward
+from pallas_kernels import tpu, tpu_bfloat16, tpu_bfloat16_call, tpu_bfloat16_common
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +68,11 @@ def test_bfloat16(steps, heads, value_heads, gate, cosine):
     compare(arguments, "pallas_tpu", 1e-2, 2e-2)
 
 
-def test_two_rows_come_into_one_word_by_way_of_memory(monkeypatch):
+@pytest.mark.parametrize(("steps", "gate"), [(1, None), (4, "scalar")])
+def test_products_of_float32_that_round(monkeypatch, steps, gate):
     """As on v5e."""
-    monkeypatch.setattr(tpu_bfloat16_forward, "packs_in_memory", lambda: True)
-    compare(draw(1, 1, 130, 1, 4, 4, 64, 64, None, 2.0, 0.95, "bfloat16"), "pallas_tpu", 1e-2, 2e-2)
+    monkeypatch.setattr(tpu_bfloat16_common, "packs_in_memory", lambda: True)
+    compare(draw(1, 1, 130, steps, 2, 4, 64, 64, gate, 2.0, 0.95, "bfloat16"), "pallas_tpu", 1e-2, 2e-2)
 
 
 def test_pairs_of_heads_with_segments():
