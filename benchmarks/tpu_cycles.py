@@ -7,8 +7,8 @@
 B1, T8192, H16, K = V = 128, bfloat16, scalar gate; cycles in thousands. "kernels" are the Pallas calls, "xla" everything that
 XLA does around them. "no estimate": the profiler gave up on a program.
 
-- pallas_tpu: the static profile of the whole program. vmem_kib is what each kernel reserves of VMEM, spills its stores of
-  registers to VMEM a chunk.
+- pallas_tpu: the static profile of the whole program. Of identical operations of XLA it gives one, so "xla" is a lower bound.
+  vmem_kib is what each kernel reserves of VMEM, spills its stores of registers to VMEM a chunk.
 - chunked: at the full length, the profile of each operation times the trip counts of the loops that it stands in. What the
   profile leaves out (of identical operations it gives one, and it may abort) counts by the estimate in the compiled text,
   scaled by how the two stand to each other where there are both.
@@ -87,8 +87,8 @@ class Compiled(NamedTuple):
     """A compiled program.
 
     Attributes:
-      text: of the optimised module; empty if the profiler aborted, or with it XLA gave up, which then does not try again where
-        it put more into VMEM than there is.
+      text: of the optimised module; empty if the profiler aborted, or if XLA put more into VMEM than there is, which it mends
+        only without the profiler.
       cycles: of its operations by the static profile, as far as that goes.
       spills: of its kernels: stores of registers to VMEM.
     """

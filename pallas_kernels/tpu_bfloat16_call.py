@@ -154,7 +154,7 @@ def _exchanged(x, y):
 
 
 class Kept(PerHead):
-    """The same of what was `kept`."""
+    """The same ref of what `tpu_bfloat16_common.kept` made, read as operands."""
 
     def __getitem__(self, head):
         return found_again(self.ref[head])
@@ -292,6 +292,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
             *(pltpu.VMEM(shape, dtype) for shape, dtype in carried.values()),
             pltpu.VMEM((n.nh, n.key_dim, n.value_dim), F32),
         ],
+        # Blocks are the pipeline's own and all other indices are static: nothing to check.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=SEMANTICS, vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True
         ),

@@ -116,7 +116,7 @@ class _Ahead:
             weights = [gates.to_end * gates.beta, gates.from_start, self.scale * gates.from_start_q]
         weights = columns(rows_of(*weights))
         stages = inverses(ms, refs["spread"][...])
-        # Where the matrix unit has least to do; elsewhere the whole is up to a fifth slower.
+        # Of its eight stages after these the matrix unit has least to do; elsewhere the whole is up to a fifth slower.
         yield from itertools.islice(stages, 4)
         self._spread(weights, range(half))
         yield from itertools.islice(stages, 2)

@@ -21,7 +21,7 @@ BASE = 8  # rows of the diagonal blocks that are inverted by substitution: a til
 
 
 def _block_diagonal(x, size):
-    """Bits of a [LANES, LANES] matrix with the blocks of float32 x [size, LANES] on its diagonal."""
+    """`operand` of a [LANES, LANES] matrix with the blocks of float32 x [size, LANES] on its diagonal."""
     copies = max(1, 16 // size)  # a tile of bfloat16 has 16 rows
     x = operand(rows_of(*[x] * copies))
     block = iota(x.shape, 1) // size - iota(x.shape, 0) // (
