@@ -98,9 +98,7 @@ class Compiled(NamedTuple):
     spills: dict[str, int]
 
 
-def compile_program(
-    generation: str, implementation: str, what: str, length: int, steps: int, profile: bool = True
-) -> Compiled:
+def compile_program(generation: str, implementation: str, what: str, steps: int, profile: bool = True) -> Compiled:
     """Compile one program in a process of its own, because the profiler may abort it: what counts is what it wrote by then."""
     with tempfile.TemporaryDirectory() as folder:
         utilization = "final_hlo-static-per-bundle-utilization"
@@ -120,7 +118,7 @@ def compile_program(
             "TPU_MIN_LOG_LEVEL": "3",
             "LIBTPU_INIT_ARGS": " ".join(options),
         }
-        sizes = map(str, (length, steps, HEADS, DIM))
+        sizes = map(str, (LENGTH, steps, HEADS, DIM))
         command = [sys.executable, "-c", PROGRAM, TOPOLOGY[generation], implementation, what, *sizes]
         done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
         cycles: dict[str, int] = {}
@@ -158,20 +156,20 @@ def _vmem(text: str) -> dict[str, int]:
 
 def kernels(generation: str, what: str, steps: int) -> dict[str, Any] | None:
     """Cycles ("kernels", "xla") of our program, "vmem" and "spills" of its kernels; None if the profiler gave none for one."""
-    program = compile_program(generation, "pallas_tpu", what, LENGTH, steps)
+    program = compile_program(generation, "pallas_tpu", what, steps)
     if not {_kernel(name) for name in program.cycles} >= set(what.split("+")):
         return None
     found: collections.Counter[str] = collections.Counter()
     for name, count in program.cycles.items():
         found["kernels" if _kernel(name) else "xla"] += count
-    text = program.text or compile_program(generation, "pallas_tpu", what, LENGTH, steps, profile=False).text
+    text = program.text or compile_program(generation, "pallas_tpu", what, steps, profile=False).text
     return {**found, "vmem": _vmem(text), "spills": program.spills}
 
 
 def loops(generation: str, what: str, steps: int) -> float:
     """Cycles of "chunked" at the full length: those of each operation times how often it is executed."""
-    program = compile_program(generation, "chunked", what, LENGTH, steps)
-    text = program.text or compile_program(generation, "chunked", what, LENGTH, steps, profile=False).text
+    program = compile_program(generation, "chunked", what, steps)
+    text = program.text or compile_program(generation, "chunked", what, steps, profile=False).text
     ops = [op for op in hlo.ops(text) if op.cycles]
     profiled = [op for op in ops if op.name in program.cycles]
     factor = sum(program.cycles[op.name] for op in profiled) / sum(op.cycles or 0 for op in profiled)
@@ -197,7 +195,7 @@ def measure(generation: str, what: str, steps: int, implementation: str = "palla
         bound = 2 * LENGTH * (HEADS * DIM) ** 2 / FLOPS_PER_CYCLE[generation]
         found = {
             "kernels": 0,
-            "xla": sum(compile_program(generation, implementation, what, LENGTH, steps).cycles.values()),
+            "xla": sum(compile_program(generation, implementation, what, steps).cycles.values()),
         }
     else:
         found = {"kernels": 0, "xla": loops(generation, what, steps)}

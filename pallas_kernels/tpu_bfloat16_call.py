@@ -17,11 +17,11 @@ from pallas_kernels.tpu_bfloat16_common import (
     bits,
     compiled,
     floats,
-    found_again,
     iota,
     lanes_of,
     low_or_high,
     rows_of,
+    unkept,
     word,
 )
 from pallas_kernels.tpu_bfloat16_inverse import BASE
@@ -157,7 +157,7 @@ class Kept(PerHead):
     """The same ref of what `tpu_bfloat16_common.kept` made, read as operands."""
 
     def __getitem__(self, head):
-        return found_again(self.ref[head])
+        return unkept(self.ref[head])
 
 
 class _Values:

@@ -98,7 +98,7 @@ def kept(x):
     return word(x[:rows], x[rows:])
 
 
-def found_again(words):
+def unkept(words):
     """The `operand` of what was `kept`."""
     return rows_of(*(low_or_high(words, high) for high in range(2))) if packs_in_memory() else words
 
