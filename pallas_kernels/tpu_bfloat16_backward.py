@@ -8,9 +8,10 @@ With Y = beta Z, S' the state after the chunk, and each product masked as its fa
     dQ = decay dO S^T + (dP' D) K
     dK = -decay dX S^T + decay Y dS'^T + (dP' D)^T Q + (dM beta D + its transpose) K
 
-The gradient of a gate sums what flows through the decays that hold it: for pairs of rows as row sums less column sums of
-dM M + dP P without pairs of one token (whose decay is no gate's), for the ends of the chunk as sums of k dK and q dQ over
-channels.
+A decay between two rows is exp of the sum of the gates up to the one less that up to the other. The gradient of the sum up
+to a row is therefore q dQ and k dK summed over channels, of dK what the row reads (the two terms with a minus or with dM) less
+what it writes; of the sum to the chunk's end <S', dS'>. A gate's own adds those of all sums that hold it. Where no gate stands
+between two rows of one token, what one reads is what the other writes, of the same rounded factors, and cancels.
 """
 
 import jax
@@ -20,7 +21,6 @@ from pallas_kernels.tpu_bfloat16_call import Kept, PerHead, beta_and_gates, call
 from pallas_kernels.tpu_bfloat16_common import (
     BF16,
     F32,
-    LANES,
     LOWEST_GATE,
     ROWS,
     Gates,
@@ -31,10 +31,8 @@ from pallas_kernels.tpu_bfloat16_common import (
     halves,
     iota,
     lanes_of,
-    left,
     one,
     operand,
-    operands,
     padded,
     rows_of,
     run,
@@ -93,53 +91,54 @@ class _Block:
         self.dk: dict[int, jax.Array] = {}
         self.dv: dict[int, jax.Array] = {}
         self.totals: dict[int, jax.Array] = {}
-        names = {"beta": ROWS, "from_start": ROWS, "to_end": ROWS, "m": ROWS, "p": n.tokens, "query": n.tokens}
+        self.columns_k = {}
+        names = {"beta": ROWS, "k": ROWS, "q": n.tokens, "end": 8}
         self.columns = {name: jnp.zeros((rows, n.nh), F32) for name, rows in names.items()}  # sums over lanes, by head
-        self.sums: dict[str, dict[int, jax.Array]] = {"beta": {}, "gates": {}}  # sums over rows, by pair
+        self.beta_sums: dict[int, jax.Array] = {}  # sums over rows, by pair
 
     def _sum(self, name, h, x):
-        lane = iota(self.columns[name].shape, 1)
-        self.columns[name] = jnp.where(lane == h, jnp.sum(x, axis=1, keepdims=True), self.columns[name])
+        sums = jnp.sum(x, axis=1, keepdims=True)
+        self.columns[name] = jnp.where(iota(self.columns[name].shape, 1) == h, sums, self.columns[name])
 
     def run(self):
         """All heads in step."""
         q, k, gates, half = self.q, self.k, self.gates, self.half
         pairs, heads = range(half), [h for p in range(half) for h in (p, p + half)]
-        kq_turned = {h: transpose(rows_of(k[h], padded(q[h]))) for h in heads}
         scores, decays = gates.scores(pairs, q, k)
         ends = {h: column(gates.to_end, h) * dot(k[h], operand(self.ds_ref[h])) for h in heads}
         dy = self._of_written(pairs, scores, ends)
         dx = self._of_values(pairs, dy)
         for h in heads:
-            z = floats(self.z[h])
-            self._sum("beta", h, z * dy[h])
-            if self.gated:
-                self._sum("to_end", h, gates.beta[:, h : h + 1] * z * ends[h])
+            self._sum("beta", h, floats(self.z[h]) * dy[h])
             self.dv[h] = dx[h]
         products = [self._of_scores(p, dx) for p in pairs]
-        reads, writes = {}, {}
+        reads, ends, kq_turned, writes = {}, {}, {}, {}
         for h in heads:
+            kq_turned[h] = transpose(rows_of(k[h], padded(q[h])))
             q_side = operand(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
             # Two parts of what stays in the gradient of the state; 256 deep, as the array of v6e is.
             k_side, rest = split(-column(gates.from_start, h) * dx[h])
             reads[h] = dot(rows_of(k_side, q_side), self.s[h], (1, 1))
             writes[h] = rows_of(k_side, padded(q_side), rest, jnp.zeros_like(rest))
+        weight = gates.beta * gates.to_end if self.gated else gates.beta
         for h in heads:
-            self._of_reads(h, reads[h])
+            ends[h] = column(weight, h) * dot(self.z[h], operand(self.ds_ref[h]), (1, 1))
+            if self.gated:
+                kept = column(gates.total, h) * _by_tiles(floats(self.s[h]) * self.ds_ref[h])
+                self.totals[h] = lanes_of(kept, _by_tiles(floats(k[h]) * ends[h]))
         for h in heads:
-            self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + dot(
-                lanes_of(kq_turned[h], kq_turned[h]), writes[h]
-            )
+            update = dot(lanes_of(kq_turned[h], kq_turned[h]), writes[h])
+            self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + update
         for p, *of_pair in zip(pairs, scores, decays, products, strict=True):
-            self._of_pair(p, *of_pair)
+            self._of_pair(p, *of_pair, reads, ends)
 
     def _of_written(self, pairs, scores, ends):
         """dY by head."""
         dy = {}
         for p, (_, qk) in zip(pairs, scores, strict=True):
             other = p + self.half
-            turned = transpose(stacked(padded(operand(self.scale * qk))))
-            both = dot(turned, rows_of(padded(self.do[p]), padded(self.do[other])))
+            turned = transpose(stacked(operand(self.scale * qk)))
+            both = dot(turned, rows_of(self.do[p], self.do[other]))
             dy[p], dy[other] = both[:ROWS] + ends[p], both[ROWS:] + ends[other]
         return dy
 
@@ -147,12 +146,11 @@ class _Block:
         """dX by head, from two parts of T and of dY: (first + second) big + first small."""
         dx = {}
         for p in pairs:
-            heads = (p, p + self.half)
-            big, small = split(rows_of(*(self.gates.beta[:, h : h + 1] * dy[h] for h in heads)))
-            parts = self.t[p]
-            first, second = stacked(parts[:, :LANES]), stacked(parts[:, LANES:])
-            both = dot(lanes_of(first, second), rows_of(big, big)) + dot(first, small)
-            dx[heads[0]], dx[heads[1]] = both[:ROWS], both[ROWS:]
+            size = self.t[p].shape[0] // 2
+            for i, h in enumerate((p, p + self.half)):
+                t = self.t[p][i * size : (i + 1) * size]
+                big, small = split(column(self.gates.beta, h) * dy[h])
+                dx[h] = dot(lanes_of(t, t), rows_of(big, big, small, jnp.zeros_like(small)))
         return dx
 
     def _of_scores(self, p, dx):
@@ -169,72 +167,52 @@ class _Block:
         )
         return rows_of(x[:ROWS] + x[ROWS : 2 * ROWS], x[2 * ROWS :])
 
-    def _of_reads(self, h, reads):
-        """Gradients of a head's q and k through the states, from their products with S^T."""
-        gates, ds = self.gates, self.ds_ref[h]
-        y = operand(column(gates.to_end, h) * gates.beta[:, h : h + 1] * floats(self.z[h]))
-        self.dk[h], self.dq[h] = one() * reads[:ROWS] + dot(y, operand(ds), (1, 1)), reads[ROWS:]
-        if self.gated:
-            self._sum("from_start", h, floats(self.k[h]) * reads[:ROWS])
-            self._sum("query", h, floats(self.q[h]) * reads[ROWS:])
-            x = floats(self.s[h]) * ds
-            self.totals[h] = jnp.sum(jnp.sum(x, axis=0, keepdims=True), axis=1, keepdims=True)
-
-    def _of_pair(self, p, scores, decays, products):
-        """Adds to dq and dk of a pair of heads what goes through the scores."""
-        gates, row, other = self.gates, self.gates.beta_rows[p : p + 1], p + self.half
+    def _of_pair(self, p, scores, decays, products, reads, ends):
+        """Gradients of q and k of a pair of heads."""
+        gates, row, heads = self.gates, self.gates.beta_rows[p : p + 1], (p, p + self.half)
         dm = jnp.where(gates.below, -products[:ROWS], 0)
         dp = jnp.where(gates.seen, self.scale * products[ROWS:], 0)
-        dm_m, dp_p = dm * scores[0], dp * scores[1]  # without beta
-        self.sums["beta"][p] = jnp.sum(dm_m, axis=0, keepdims=True)
+        self.beta_sums[p] = jnp.sum(dm * scores[0], axis=0, keepdims=True)
+        d = rows_of(operand(dm * row * decays[0]), operand(dp * row * decays[1]))
+        d_turned = transpose(d)
+        read, size, turned = (
+            dot(stacked(d), rows_of(*(self.k[h] for h in heads))),
+            ROWS + self.n.tokens,
+            d_turned.shape[0] // 2,
+        )
+        for i, h in enumerate(heads):
+            of_head = slice(i * turned, (i + 1) * turned)
+            written = ends[h] + dot(d_turned[of_head], rows_of(self.k[h], self.q[h]))
+            self._sum_up(h, reads[h] + read[i * size : (i + 1) * size], written)
+
+    def _sum_up(self, h, read, written):
+        """Gradients of q and k of a head from what keys and queries read and keys write, and sums for those of gates."""
+        k, q, read, dq = self.k[h], self.q[h], read[:ROWS], read[ROWS:]
+        self.dk[h], self.dq[h] = read + written, dq
         if self.gated:
-            self._sum_scores(p, dm_m * row, dp_p * row)
-        d = rows_of(padded(operand(dp * row * decays[1])), operand(dm * row * decays[0]))
-        d_turned, nothing = transpose(d), jnp.zeros((ROWS // 2, self.n.key_dim), jnp.int32)
-        size = d_turned.shape[0] // 2
-        for h, below, turned in (
-            (p, (self.k[p], nothing), d_turned[:size]),
-            (other, (nothing, self.k[other]), d_turned[size:]),
-        ):
-            x = dot(d, rows_of(*below))
-            self.dq[h] = self.dq[h] + x[: self.n.tokens]
-            self.dk[h] = self.dk[h] + x[ROWS:] + dot(turned, rows_of(padded(self.q[h]), self.k[h]))
-
-    def _sum_scores(self, p, dm_m, dp_p):
-        """Row sums and column sums of pairs of rows of different tokens."""
-        n = self.n
-        token = (iota((ROWS, LANES), 1) % ROWS) // n.steps
-        dm_m = jnp.where(iota((ROWS, LANES), 0) // n.steps != token, dm_m, 0)
-        dp_p = jnp.where(iota((n.tokens, LANES), 0) != token[: n.tokens], dp_p, 0)
-        self.sums["gates"][p] = jnp.sum(dm_m, axis=0, keepdims=True) + jnp.sum(dp_p, axis=0, keepdims=True)
-        for h, here in ((p, True), (p + self.half, False)):
-            self._sum("m", h, jnp.where(left(dm_m) == here, dm_m, 0))
-            self._sum("p", h, jnp.where(left(dp_p) == here, dp_p, 0))
-
-    def _by_head(self, name):
-        """Sums over rows [1, 2 x 64] of the pairs as [64, nh]."""
-        x = rows_of(*(self.sums[name][p] for p in range(self.half)))
-        return rows_of(x[:, :ROWS], x[:, ROWS:]).T
+            self._sum("k", h, floats(k) * (read - written))
+            self._sum("q", h, floats(q) * dq)
+            self._sum("end", h, self.totals[h])
 
     def gradient_of_beta(self):
         """[64, nh]."""
-        return self.columns["beta"] + self._by_head("beta")
+        x = rows_of(*(self.beta_sums[p] for p in range(self.half)))
+        return self.columns["beta"] + rows_of(x[:, :ROWS], x[:, ROWS:]).T
 
     def gradient_of_gates(self):
-        """[64, nh]. Row i's gate is met from the start by rows s >= i and queries whose last row is, to the end by rows s < i."""
-        n, columns = self.n, self.columns
-        i, s = iota((ROWS, ROWS), 0), iota((ROWS, ROWS), 1)
-        last = iota((ROWS, n.tokens), 1) * n.steps + n.steps - 1
-        inner = columns["from_start"] + columns["m"] - self._by_head("gates")
-        sums = _masked_sums(s >= i, inner) + _masked_sums(s < i, columns["to_end"])
-        sums += _masked_sums(last >= iota((ROWS, n.tokens), 0), columns["query"] + columns["p"])
-        return sums + self.gates.total * lanes_of(*(self.totals[h] for h in range(n.nh)))
+        """[64, nh]. Row i's gate is in the sums up to rows s >= i, to queries whose last row is, and to the chunk's end."""
+        n = self.n
+        sums = rows_of(*(self.columns[name] for name in ("k", "q", "end")))
+        head, rest = halves(sums)
+        parts = (head, *halves(rest))  # to 24 bits
+        count = sums.shape[0]
+        i, row = (iota((ROWS, 3 * count), axis) for axis in range(2))
+        row %= count
+        last = jnp.where(row < ROWS, row, (row - ROWS) * n.steps + n.steps - 1)
+        holds = (last >= i) | (row >= ROWS + n.tokens)
+        return dot(operand(holds.astype(F32)), operand(rows_of(*parts)))
 
 
-def _masked_sums(mask, x):
-    """mask [M, N] times float32 x [N, nh], to 24 bits."""
-    head, rest = halves(x)
-    parts = (operand(head), *split(rest))
-    copies = max(4, LANES // mask.shape[1])  # whole lanes: v5e's profiler does not know narrower products
-    nothing = jnp.zeros(*operands(rows=(copies - 3) * mask.shape[1], lanes=x.shape[1]))
-    return dot(operand(lanes_of(*[mask.astype(F32)] * copies)), rows_of(*parts, nothing))
+def _by_tiles(x):
+    """Sums of every 8th row of [rows, lanes]: no row moves."""
+    return jnp.sum(x.reshape(-1, 8, x.shape[1]), axis=0)

@@ -80,7 +80,7 @@ def _layouts(n, chunk):
         "beta": columns,
         "g": columns,
         "spread": pl.BlockSpec((LANES, (BASE - 1) * LANES), lambda b, h, c: (0, 0)),
-        "inverses": per_chunk(n.nh // 2, ROWS // 2, 2 * LANES),
+        "inverses": per_chunk(n.nh // 2, ROWS, LANES),
         "z": per_chunk(n.nh, ROWS // 2, n.value_dim),
         "states": per_chunk(n.nh, n.key_dim // 2, n.value_dim),
         "state": pl.BlockSpec((None, n.nh, n.key_dim, n.value_dim), lambda b, h, c: (b, h, 0, 0)),

@@ -80,9 +80,10 @@ def floats(x):
 
 def word(low, high):
     """Two arrays of float32 as one of words, rounded."""
-    low, high = (jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF8000) for x in (low, high))
-    low, high = low + jnp.uint32(0x8000), high + jnp.uint32(0x8000)
-    return jax.lax.bitcast_convert_type(low >> 16 | high & jnp.uint32(0xFFFF0000), jnp.int32)
+    if compiled():
+        return pltpu.pack_elementwise([low, high], packed_dtype=BF16)
+    low, high = (jax.lax.bitcast_convert_type(x.astype(BF16), jnp.uint16).astype(jnp.uint32) for x in (low, high))
+    return jax.lax.bitcast_convert_type(low | high << 16, jnp.int32)
 
 
 def low_or_high(words, high):
@@ -166,6 +167,17 @@ def padded(x):
     return x if not rows else rows_of(x, jnp.zeros((rows, x.shape[1]), x.dtype))
 
 
+def by_row(x, steps):
+    """[C, lanes] of tokens as [64, lanes] of their rows."""
+    if steps == 1:
+        return x
+    found = []
+    for row in range(0, x.shape[0] * steps, 8):
+        tile, rows = row // steps // 8 * 8, row + iota((8, x.shape[1]), 0)  # 8 rows lie in 8 tokens of one tile
+        found.append(jnp.take_along_axis(x[tile : tile + 8], rows // steps - tile, axis=0))
+    return padded(rows_of(*found))
+
+
 def column(x, h):
     """Column h of [rows, heads] as [rows, 1]; 1 without gates."""
     return 1.0 if x is None else x[:, h : h + 1]
@@ -209,16 +221,13 @@ class Gates:
         i, j = iota((ROWS, LANES), 0), iota((ROWS, LANES), 1) % ROWS
         last = iota((tokens, LANES), 0) * self.steps + self.steps - 1  # row of a token
         self.below, self.seen = i > j, last >= iota((tokens, LANES), 1) % ROWS
-        meets = [i >= j] + [self.seen] * (self.steps > 1)  # gates up to a row, or a query
-        self.meets = [x.astype(F32) for x in meets]
         if gates is None:
             return
         self.gate_rows = self._by_pair(gates)
-        masks = operand(rows_of(*self.meets, (i < j).astype(F32)))
+        masks = operand(rows_of(self.seen.astype(F32), (i < j).astype(F32)))
         decays = jnp.exp(dot(masks, rows_of(*split(gates))))
-        self.from_start, self.to_end = decays[:ROWS], decays[-ROWS:]
-        self.from_start_q = decays[ROWS : ROWS + tokens] if self.steps > 1 else self.from_start
-        self.total = self.from_start[-1:]
+        self.from_start_q, self.to_end = decays[:tokens], decays[tokens:]
+        self.from_start, self.total = by_row(self.from_start_q, steps), decays[tokens - 1 : tokens]
 
     def _by_pair(self, x):
         """[64, nh] -> [nh / 2, 2 x 64]."""
@@ -226,20 +235,21 @@ class Gates:
         return lanes_of(x[: self.half], x[self.half :])
 
     def _decays(self, pairs):
-        """exp(sum of the gates after row j up to row i, or up to query t): [([64, 2 x 64], [C, 2 x 64]) of a pair]."""
+        """exp(sum of the gates after row j up to row i, or up to query t): [([64, 2 x 64], [C, 2 x 64]) of a pair].
+
+        Where a token has several rows its gate is at the first, so that all of them meet what its query meets.
+        """
         if self.total is None:
             return [(1.0, 1.0)] * len(pairs)
         gates = []
         for p in pairs:
-            row = jnp.broadcast_to(self.gate_rows[p : p + 1], (ROWS, LANES))
             # Times the mask: of a choice v5e's compiler makes a masked product, which its profiler does not know.
-            gates += [lanes_of(*split(mask * row[: mask.shape[0]])) for mask in self.meets]
+            gates.append(lanes_of(*split(self.seen.astype(F32) * self.gate_rows[p : p + 1])))
         s, j = iota((LANES, LANES), 0), iota((LANES, LANES), 1)
         later = operand(((s // ROWS == j // ROWS) & (s > j)).astype(F32))
         decays = jnp.exp(dot(rows_of(*gates), rows_of(later, later)))
-        size = decays.shape[0] // len(pairs)
-        ends = range(size, decays.shape[0] + 1, size)
-        return [(decays[end - size : end - size + ROWS], decays[end - self.tokens : end]) for end in ends]
+        found = [decays[i * self.tokens : (i + 1) * self.tokens] for i in range(len(pairs))]
+        return [(by_row(x, self.steps), x) for x in found]
 
     def scores(self, pairs, q, k):
         """[(K K^T D, Q K^T D) of a pair], masked, and the decays D."""

@@ -3,8 +3,8 @@
 Per chunk and head, with D the decays between rows, S the state before the chunk, dashes left out where sizes tell::
 
     M = strict_tril(K K^T D) diag(beta)          T = (I + M)^-1
-    Z = T (V - decay K S)                        P = scale tril(Q K^T D) diag(beta)
-    O = scale decay Q S + P Z                    S <- decay S + K^T (decay beta Z)
+    Z = T (V - decay K S)                        P = tril(Q K^T D) diag(beta)
+    O = scale (decay Q S + P Z)                   S <- decay S + K^T (decay beta Z)
 
 Everything that stays in the state is kept to 16 bits by products of two bfloat16 parts.
 """
@@ -22,9 +22,9 @@ from pallas_kernels.tpu_bfloat16_common import (
     LANES,
     ROWS,
     Gates,
+    by_row,
     columns,
     dot,
-    either,
     half_turn,
     kept,
     lanes_of,
@@ -51,16 +51,16 @@ def forward(q, k, v, beta, g, state, scale, keep):
     def kernel(store, refs, outs, s_ref):
         following = _Ahead(n, refs, scale)
         block = _Block(n, refs, [outs[name] for name in KEPT] if keep else [], s_ref, scale)
-        scan = block.run(functools.partial(store, "o"))
+        scan = block.run(functools.partial(store, "o"), following.keep)
         run(following.run(), scan, PARTS_AT_ONCE)
+        following.keep("t")
         run(scan)
-        following.keep()
 
     inputs = {"q": q, "k": k, "v": v, **beta_and_gates(n, beta, g), "spread": spread_columns(), "state": state}
     outputs = {"o": ((n.batch, n.length, n.heads, n.value_dim), v.dtype), "state": (state.shape, F32)}
     if keep:
         rows = (
-            (n.heads // 2, ROWS // 2, 2 * LANES),
+            (n.heads // 2, ROWS, LANES),
             (n.heads, ROWS // 2, n.value_dim),
             (n.heads, n.key_dim // 2, n.value_dim),
         )
@@ -78,7 +78,6 @@ def _carried(n, gated):
     found = {
         "now_q": ((n.kh, n.tokens // 2, n.key_dim), jnp.int32),
         "now_k": ((n.kh, ROWS // 2, n.key_dim), jnp.int32),
-        "k_turned": operands(half, rows=n.key_dim, lanes=LANES),
         "t": operands(half, rows=ROWS, lanes=2 * LANES),
         "p": operands(half, rows=n.tokens, lanes=LANES),
     }
@@ -87,8 +86,8 @@ def _carried(n, gated):
 
 
 def _weights(n, gated):
-    """What rows are multiplied by, and how many: those written to the state, and what keys and queries read from it."""
-    return {"weight": ROWS} | ({"from_start": ROWS, "from_start_q": n.tokens} if gated else {})
+    """What rows are multiplied by, and how many: those written to the state, and what the keys and query of a token read."""
+    return {"weight": ROWS} | ({"from_start": n.tokens} if gated else {})
 
 
 class _Ahead:
@@ -108,12 +107,11 @@ class _Ahead:
         yield
         rows = [gates.beta_rows[p : p + 1] for p in pairs]
         ms = [kk * row for (kk, _), row in zip(scores, rows, strict=True)]
-        self.found["p"] = [operand(self.scale * qk * row) for (_, qk), row in zip(scores, rows, strict=True)]
-        self.found["k_turned"] = [transpose(rows_of(k[p], k[p + half])) for p in pairs]
+        self.found["p"] = [operand(qk * row) for (_, qk), row in zip(scores, rows, strict=True)]
         weights = [gates.beta]
         if gates.total is not None:
             self.found["total"] = gates.total
-            weights = [gates.to_end * gates.beta, gates.from_start, self.scale * gates.from_start_q]
+            weights = [gates.to_end * gates.beta, gates.from_start_q]
         weights = columns(rows_of(*weights))
         stages = inverses(ms, refs["spread"][...])
         # Of its eight stages after these the matrix unit has least to do; elsewhere the whole is up to a fifth slower.
@@ -131,16 +129,16 @@ class _Ahead:
                 self.refs[name][pl.program_id(2) % 2, h] = x[first : first + rows]
                 first += rows
 
-    def keep(self):
-        """Leaves the rest for the next call, once `_Block` is done with what the last one left."""
-        for name, x in self.found.items():
-            if isinstance(x, list):
-                for p, of_pair in enumerate(x):
-                    self.refs[name][p] = of_pair
+    def keep(self, *names):
+        """Leaves these for the next call, once `_Block` is done with what the last one left."""
+        for name in names:
+            if name in ("q", "k"):
+                self.refs[f"now_{name}"][...] = self.refs[name][...]
+            elif name == "total":
+                self.refs[name][...] = self.found[name]
             else:
-                self.refs[name][...] = x
-        for name in "qk":
-            self.refs[f"now_{name}"][...] = self.refs[name][...]
+                for p, of_pair in enumerate(self.found[name]):
+                    self.refs[name][p] = of_pair
 
 
 class _Block:
@@ -158,37 +156,42 @@ class _Block:
     def _weight(self, name, h):
         return self.refs[name][1 - pl.program_id(2) % 2, h]
 
-    def run(self, store):
+    def run(self, store, keep):
         """A generator: stage by stage, yielding after each head."""
         half = self.half
         heads = [h for p in range(half) for h in (p, p + half)]
-        read, z = {}, {}
+        read, z, turned = {}, {}, {}
         for h in heads:
             kq = rows_of(self.k[h], self.q[h])
             read[h] = dot(lanes_of(kq, kq), rows_of(*split(self.s_ref[h])))
             yield
         for h in heads:
             z[h] = self._solve(h, read[h][:ROWS])
+            turned[h] = transpose(rows_of(self.k[h], self.k[h]))
             yield
-        for h in heads:
-            parts = (operand(z[h]), self.nothing) if h < half else (self.nothing, operand(z[h]))
-            decay = self._weight("from_start_q", h) if self.gated else self.scale
-            self.outs[h] = decay * read[h][ROWS:] + dot(self.refs["p"][h % half], rows_of(*parts))
+        keep("q", "k")
+        for p in range(half):
+            of_z = dot(stacked(self.refs["p"][p]), rows_of(operand(z[p]), operand(z[p + half])))
+            for h, x in ((p, of_z[: self.n.tokens]), (p + half, of_z[self.n.tokens :])):
+                decay = self._weight("from_start", h) if self.gated else 1.0
+                self.outs[h] = self.scale * (decay * read[h][ROWS:] + x)
             yield
+            yield
+        keep("p")
         for h in heads:
             if self.kept:
                 self._keep(h, z[h])
-            there = self.refs["k_turned"][h % half]
-            turned = jnp.where(left(there) == (h < half), there, half_turn(there))
-            written = dot(turned, rows_of(*split(self._weight("weight", h) * z[h])))
+            written = dot(turned[h], rows_of(*split(self._weight("weight", h) * z[h])))
             decay = self.refs["total"][:, h : h + 1] if self.gated else 1.0
             self.s_ref[h] = decay * self.s_ref[h] + written
             yield
+        if self.gated:
+            keep("total")
         yield from store(self.outs)
 
     def _solve(self, h, read):
         """Z of a head, from two parts of its pair's T and what K reads from the state: (first + second) big + first small."""
-        x = self.v[h] - (self._weight("from_start", h) if self.gated else 1.0) * read
+        x = self.v[h] - (by_row(self._weight("from_start", h), self.n.steps) if self.gated else 1.0) * read
         (big, small), t, here = split(x), self.refs["t"][h % self.half], h < self.half
         first, second = t[:, :LANES], t[:, LANES:]
         first_and_second = jnp.where(left(first) == here, first, half_turn(second))
@@ -200,4 +203,6 @@ class _Block:
         z_ref[h], states_ref[h] = kept(z), kept(self.s_ref[h])
         if h < self.half:
             t = self.refs["t"][h]
-            inverses_ref[h] = kept(lanes_of(*(either(transpose(stacked(x))) for x in (t[:, :LANES], t[:, LANES:]))))
+            inverses_ref[h] = kept(
+                transpose(rows_of(t[:, :LANES], t[:, LANES:]))
+            )  # of one head above the other's, parts in lanes
