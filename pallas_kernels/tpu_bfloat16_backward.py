@@ -113,13 +113,6 @@ class _Block:
             self.dv[h] = dx[h]
         products = [self._of_scores(p, dx) for p in pairs]
         reads, ends, kq_turned, writes = {}, {}, {}, {}
-        for h in heads:
-            kq_turned[h] = transpose(rows_of(k[h], padded(q[h])))
-            q_side = operand(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
-            # Two parts of what stays in the gradient of the state; 256 deep, as the array of v6e is.
-            k_side, rest = split(-column(gates.from_start, h) * dx[h])
-            reads[h] = dot(rows_of(k_side, q_side), self.s[h], (1, 1))
-            writes[h] = rows_of(k_side, padded(q_side), rest, jnp.zeros_like(rest))
         weight = gates.beta * gates.to_end if self.gated else gates.beta
         for h in heads:
             ends[h] = column(weight, h) * dot(self.z[h], operand(self.ds_ref[h]), (1, 1))
@@ -127,10 +120,17 @@ class _Block:
                 kept = column(gates.total, h) * _by_tiles(floats(self.s[h]) * self.ds_ref[h])
                 self.totals[h] = lanes_of(kept, _by_tiles(floats(k[h]) * ends[h]))
         for h in heads:
-            update = dot(lanes_of(kq_turned[h], kq_turned[h]), writes[h])
-            self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + update
+            kq_turned[h] = transpose(rows_of(k[h], padded(q[h])))
+            q_side = operand(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
+            # Two parts of what stays in the gradient of the state; 256 deep, as the array of v6e is.
+            k_side, rest = split(-column(gates.from_start, h) * dx[h])
+            reads[h] = dot(rows_of(k_side, q_side), self.s[h], (1, 1))
+            writes[h] = rows_of(k_side, padded(q_side), rest, jnp.zeros_like(rest))
         for p, *of_pair in zip(pairs, scores, decays, products, strict=True):
             self._of_pair(p, *of_pair, reads, ends)
+        for h in heads:
+            update = dot(lanes_of(kq_turned[h], kq_turned[h]), writes[h])
+            self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + update
 
     def _of_written(self, pairs, scores, ends):
         """dY by head."""
