@@ -98,8 +98,6 @@ def backward_vmem(q, v, g) -> int:
 
 def _bfloat16(q, k, v, beta, g, initial_state, scale):
     """What `tpu_bfloat16` serves."""
-    if g is not None:
-        g = _by_row(_first_of_token(g, v.shape[2]))
     return tpu_bfloat16.scan(q, *map(_by_row, (k, v, beta)), g, initial_state, scale)
 
 

@@ -31,8 +31,8 @@ def serves(q, k, v, g) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def scan(q, k, v, beta, g, state, scale):
-    """(o [B, T, HV, V], last state) of bfloat16 q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V]; beta, g (or None)
-    [B, T R, HV], g at most 0; state [B, HV, K, V] float32; scale a number.
+    """(o [B, T, HV, V], last state) of bfloat16 q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V]; beta [B, T R, HV];
+    g [B, T, HV] or None, at most 0; state [B, HV, K, V] float32; scale a number.
     """
     return tuple(forward(q, k, v, beta, g, state, scale, keep=False))
 

@@ -57,18 +57,19 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
         outs["beta"][...] = block.gradient_of_beta()[: n.rows]
         if g is not None:
             passed = jnp.where(refs["g"] > LOWEST_GATE, block.gradient_of_gates(), 0)  # none where it was raised to it
-            outs["g"][...] = passed[: n.rows]
+            outs["g"][...] = passed
 
     inputs = {"q": q, "k": k, **beta_and_gates(n, beta, g), "inverses": inverses, "z": z, "states": states}
     inputs |= {"o": do, "state": dlast}
     sequences = {"q": q.shape, "k": k.shape, "v": (*k.shape[:2], n.heads, n.value_dim)}
     outputs = {name: (shape, BF16) for name, shape in sequences.items()}
-    columns = (n.batch, n.heads // n.nh, n.chunks * n.rows, n.nh)
-    outputs |= {name: (columns, F32) for name in ("beta", "g")[: 1 if g is None else 2]} | {"state": (dlast.shape, F32)}
+    columns = {"beta": n.rows} | ({} if g is None else {"g": n.tokens})
+    outputs |= {name: ((n.batch, n.heads // n.nh, n.chunks * x, n.nh), F32) for name, x in columns.items()}
+    outputs["state"] = (dlast.shape, F32)
     dq, dk, dv, *of_columns, dstate = call(n, kernel, "backward", inputs, outputs, reverse=True)
 
     def by_row(x, like):
-        return jnp.moveaxis(x, 1, 2).reshape(n.batch, -1, n.heads)[:, : k.shape[1]].astype(like.dtype)
+        return jnp.moveaxis(x, 1, 2).reshape(n.batch, -1, n.heads)[:, : like.shape[1]].astype(like.dtype)
 
     return [dq, dk, dv, *map(by_row, of_columns, (beta, g)), dstate]
 
@@ -91,7 +92,6 @@ class _Block:
         self.dk: dict[int, jax.Array] = {}
         self.dv: dict[int, jax.Array] = {}
         self.totals: dict[int, jax.Array] = {}
-        self.columns_k = {}
         names = {"beta": ROWS, "k": ROWS, "q": n.tokens, "end": 8}
         self.columns = {name: jnp.zeros((rows, n.nh), F32) for name, rows in names.items()}  # sums over lanes, by head
         self.beta_sums: dict[int, jax.Array] = {}  # sums over rows, by pair
@@ -105,15 +105,14 @@ class _Block:
         q, k, gates, half = self.q, self.k, self.gates, self.half
         pairs, heads = range(half), [h for p in range(half) for h in (p, p + half)]
         scores, decays = gates.scores(pairs, q, k)
-        ends = {h: column(gates.to_end, h) * dot(k[h], operand(self.ds_ref[h])) for h in heads}
-        dy = self._of_written(pairs, scores, ends)
-        dx = self._of_values(pairs, dy)
+        weight = gates.beta * gates.to_end if self.gated else gates.beta
+        read = {h: dot(k[h], operand(self.ds_ref[h])) for h in heads}
+        dx = self._of_values(self._of_written(pairs, scores, {h: column(weight, h) * read[h] for h in heads}))
         for h in heads:
-            self._sum("beta", h, floats(self.z[h]) * dy[h])
+            self._sum("beta", h, floats(self.z[h]) * read[h])
             self.dv[h] = dx[h]
         products = [self._of_scores(p, dx) for p in pairs]
         reads, ends, kq_turned, writes = {}, {}, {}, {}
-        weight = gates.beta * gates.to_end if self.gated else gates.beta
         for h in heads:
             ends[h] = column(weight, h) * dot(self.z[h], operand(self.ds_ref[h]), (1, 1))
             if self.gated:
@@ -133,24 +132,23 @@ class _Block:
             self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + update
 
     def _of_written(self, pairs, scores, ends):
-        """dY by head."""
+        """beta dY by head."""
         dy = {}
         for p, (_, qk) in zip(pairs, scores, strict=True):
             other = p + self.half
-            turned = transpose(stacked(operand(self.scale * qk)))
+            turned = transpose(stacked(operand(self.scale * self.gates.beta_rows[p : p + 1] * qk)))
             both = dot(turned, rows_of(self.do[p], self.do[other]))
             dy[p], dy[other] = both[:ROWS] + ends[p], both[ROWS:] + ends[other]
         return dy
 
-    def _of_values(self, pairs, dy):
-        """dX by head, from two parts of T and of dY: (first + second) big + first small."""
+    def _of_values(self, dy):
+        """dX by head, from two parts of T and of beta dY: (first + second) big + first small."""
         dx = {}
-        for p in pairs:
-            size = self.t[p].shape[0] // 2
-            for i, h in enumerate((p, p + self.half)):
-                t = self.t[p][i * size : (i + 1) * size]
-                big, small = split(column(self.gates.beta, h) * dy[h])
-                dx[h] = dot(lanes_of(t, t), rows_of(big, big, small, jnp.zeros_like(small)))
+        for h, x in dy.items():
+            t = self.t[h % self.half]
+            size = t.shape[0] // 2
+            t, (big, small) = t[:size] if h < self.half else t[size:], split(x)
+            dx[h] = dot(lanes_of(t, t), rows_of(big, big, small, jnp.zeros_like(small)))
         return dx
 
     def _of_scores(self, p, dx):
@@ -172,7 +170,8 @@ class _Block:
         gates, row, heads = self.gates, self.gates.beta_rows[p : p + 1], (p, p + self.half)
         dm = jnp.where(gates.below, -products[:ROWS], 0)
         dp = jnp.where(gates.seen, self.scale * products[ROWS:], 0)
-        self.beta_sums[p] = jnp.sum(dm * scores[0], axis=0, keepdims=True)
+        sums = jnp.sum(dm * scores[0], axis=0, keepdims=True) + jnp.sum(dp * scores[1], axis=0, keepdims=True)
+        self.beta_sums[p] = sums
         d = rows_of(operand(dm * row * decays[0]), operand(dp * row * decays[1]))
         d_turned = transpose(d)
         read, size, turned = (
@@ -197,20 +196,19 @@ class _Block:
     def gradient_of_beta(self):
         """[64, nh]."""
         x = rows_of(*(self.beta_sums[p] for p in range(self.half)))
-        return self.columns["beta"] + rows_of(x[:, :ROWS], x[:, ROWS:]).T
+        of_ends = self.columns["beta"] if not self.gated else self.gates.to_end * self.columns["beta"]
+        return of_ends + rows_of(x[:, :ROWS], x[:, ROWS:]).T
 
     def gradient_of_gates(self):
-        """[64, nh]. Row i's gate is in the sums up to rows s >= i, to queries whose last row is, and to the chunk's end."""
+        """[C, nh]. A token's gate is in the sums up to its rows and query and later ones, and to the chunk's end."""
         n = self.n
         sums = rows_of(*(self.columns[name] for name in ("k", "q", "end")))
         head, rest = halves(sums)
         parts = (head, *halves(rest))  # to 24 bits
-        count = sums.shape[0]
-        i, row = (iota((ROWS, 3 * count), axis) for axis in range(2))
-        row %= count
-        last = jnp.where(row < ROWS, row, (row - ROWS) * n.steps + n.steps - 1)
-        holds = (last >= i) | (row >= ROWS + n.tokens)
-        return dot(operand(holds.astype(F32)), operand(rows_of(*parts)))
+        token, row = (iota((n.tokens, 3 * sums.shape[0]), axis) for axis in range(2))
+        row %= sums.shape[0]
+        holds = jnp.where(row < ROWS, row // n.steps, row - ROWS) >= token
+        return dot(operand((holds | (row >= ROWS + n.tokens)).astype(F32)), operand(rows_of(*parts)))
 
 
 def _by_tiles(x):

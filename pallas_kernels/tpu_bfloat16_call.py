@@ -20,6 +20,7 @@ from pallas_kernels.tpu_bfloat16_common import (
     iota,
     lanes_of,
     low_or_high,
+    padded,
     rows_of,
     unkept,
     word,
@@ -55,7 +56,7 @@ def sizes(q, k, heads, value_dim):
 
 
 def beta_and_gates(n, beta, g):
-    """Columns of a block of heads together: [B, blocks, T R, nh]."""
+    """Columns of a block of heads together: [B, blocks, T R or T, nh]."""
     found = {"beta": beta} | ({} if g is None else {"g": g})
     return {
         name: jnp.moveaxis(x.astype(F32).reshape(n.batch, -1, n.heads // n.nh, n.nh), 2, 1) for name, x in found.items()
@@ -71,14 +72,16 @@ def _layouts(n, chunk):
     def per_chunk(*size):
         return pl.BlockSpec((None, None, *size), lambda b, h, c: (b, chunk(c), h, 0, 0))
 
-    columns = pl.BlockSpec((None, None, n.rows, n.nh), lambda b, h, c: (b, h, chunk(c), 0))
+    def columns(rows):
+        return pl.BlockSpec((None, None, rows, n.nh), lambda b, h, c: (b, h, chunk(c), 0))
+
     return {
         "q": sequence(n.tokens, n.kh, n.key_dim),
         "k": sequence(n.rows, n.kh, n.key_dim),
         "v": sequence(n.rows, n.nh, n.value_dim),
         "o": sequence(n.tokens, n.nh, n.value_dim),
-        "beta": columns,
-        "g": columns,
+        "beta": columns(n.rows),
+        "g": columns(n.tokens),
         "spread": pl.BlockSpec((LANES, (BASE - 1) * LANES), lambda b, h, c: (0, 0)),
         "inverses": per_chunk(n.nh // 2, ROWS, LANES),
         "z": per_chunk(n.nh, ROWS // 2, n.value_dim),
@@ -209,8 +212,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
 
     def columns(name, ref):
         x = load(name, ref[...])
-        x = x if name == "beta" else jnp.maximum(x, LOWEST_GATE)
-        return x if n.rows == ROWS else rows_of(x, jnp.zeros((ROWS - n.rows, x.shape[1]), F32))
+        return padded(x) if name == "beta" else jnp.maximum(x, LOWEST_GATE)
 
     def store(ref, words, heads):
         _, rows, count, channels = ref.shape

@@ -211,7 +211,7 @@ class Gates:
     """What depends on beta and gates alone, of all heads of a block; decays are None without gates.
 
     Per row and head: beta [64, nh], decays from the chunk's start and to its end; from the start per query [C, nh]; total
-    [1, nh]. As rows of pairs: beta_rows, gate_rows [nh / 2, 2 x 64].
+    [1, nh]. Gates come per token, [C, nh]. As rows of pairs: beta_rows, gate_rows [nh / 2, 2 x 64].
     """
 
     def __init__(self, beta, gates, tokens, steps):
@@ -223,6 +223,9 @@ class Gates:
         self.below, self.seen = i > j, last >= iota((tokens, LANES), 1) % ROWS
         if gates is None:
             return
+        gates = jnp.where(
+            iota((ROWS, 2 * self.half), 0) % steps == 0, by_row(gates, steps), 0
+        )  # a token's at its first row
         self.gate_rows = self._by_pair(gates)
         masks = operand(rows_of(self.seen.astype(F32), (i < j).astype(F32)))
         decays = jnp.exp(dot(masks, rows_of(*split(gates))))
@@ -235,10 +238,7 @@ class Gates:
         return lanes_of(x[: self.half], x[self.half :])
 
     def _decays(self, pairs):
-        """exp(sum of the gates after row j up to row i, or up to query t): [([64, 2 x 64], [C, 2 x 64]) of a pair].
-
-        Where a token has several rows its gate is at the first, so that all of them meet what its query meets.
-        """
+        """exp(sum of the gates after row j up to row i, or up to query t): [([64, 2 x 64], [C, 2 x 64]) of a pair]."""
         if self.total is None:
             return [(1.0, 1.0)] * len(pairs)
         gates = []
