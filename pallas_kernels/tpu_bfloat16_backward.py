@@ -24,6 +24,7 @@ from pallas_kernels.tpu_bfloat16_common import (
     LOWEST_GATE,
     ROWS,
     Gates,
+    apart,
     column,
     dot,
     either,
@@ -31,7 +32,6 @@ from pallas_kernels.tpu_bfloat16_common import (
     halves,
     iota,
     lanes_of,
-    one,
     operand,
     padded,
     rows_of,
@@ -76,7 +76,7 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
 
 def _sum_of_group(x, first, group):
     """Of the value heads that share a key head."""
-    return x[first] if group == 1 else sum(one() * x[first + i] for i in range(group))
+    return x[first] if group == 1 else sum(apart(x[first + i]) for i in range(group))
 
 
 class _Block:
@@ -182,7 +182,8 @@ class _Block:
         for i, h in enumerate(heads):
             of_head = slice(i * turned, (i + 1) * turned)
             written = ends[h] + dot(d_turned[of_head], rows_of(self.k[h], self.q[h]))
-            self._sum_up(h, reads[h] + read[i * size : (i + 1) * size], written)
+            through_state = apart(reads[h], first=ROWS)  # of k too the kernel is slower
+            self._sum_up(h, through_state + read[i * size : (i + 1) * size], written)
 
     def _sum_up(self, h, read, written):
         """Gradients of q and k of a head from what keys and queries read and keys write, and sums for those of gates."""

@@ -10,6 +10,7 @@ then parts are put together, masked and stored as they are. (Of bfloat16 arrays 
 On v5e and v5p two rows come into one word by way of VMEM; there what is computed stays float32, which products round (`operand`).
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -126,13 +127,16 @@ def transpose(x):
     return operand(x).T if packs_in_memory() else bits(pltpu.bitcast(x, BF16).T)
 
 
-def one():
-    """1.0, which the compiler does not know to be it.
+def apart(x, first=0):
+    """A product of which tpu7x's compiler takes the rows from `first` on for no product where they are added to others.
 
     Products that are added may be summed in the matrix unit. Which unit takes which, tpu7x's compiler decides for all that hang
-    together by such sums, and of some it does not come to an end (its pass "MXU-assigner"); times this they do not hang together.
+    together by such sums, and of some it does not come to an end (its pass "MXU-assigner").
     """
-    return jnp.where(pl.program_id(2) < 0, 0.0, 1.0)
+    if compiled() and tpu_info().chip_version != pltpu.ChipVersion.TPU_7X:
+        return x
+    rest = jnp.where(pl.program_id(2) < 0, 0.0, 1.0) * x[first:]  # times 1, which the compiler does not know
+    return rows_of(x[:first], rest) if first else rest
 
 
 def half_turn(x):
@@ -197,10 +201,10 @@ def spread_column(x, h, heads, lanes):
     return dot(x, (low | high << 16).astype(jnp.int32))
 
 
-def run(stages, beside=None, parts=0):
-    """Runs a generator to its end, with so many parts of another after each of its own."""
-    for _ in stages:
-        for _ in zip(range(parts), beside or (), strict=False):
+def run(stages, beside=(), parts=()):
+    """Runs a generator to its end, with so many parts of another after each of its own, the last number for all that follow."""
+    for stage, _ in enumerate(stages):
+        for _ in itertools.islice(beside, parts[min(stage, len(parts) - 1)] if parts else 0):
             pass
 
 

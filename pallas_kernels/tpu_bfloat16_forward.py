@@ -40,7 +40,12 @@ from pallas_kernels.tpu_bfloat16_common import (
 )
 from pallas_kernels.tpu_bfloat16_inverse import inverses, spread_columns
 
-PARTS_AT_ONCE = 7  # heads of a stage of the scan beside a stage of what is ahead
+PARTS_AT_ONCE = (
+    6,
+    6,
+    6,
+    8,
+)  # heads of a stage of the scan beside the first stages of what is ahead, and each later one
 KEPT = ("inverses", "z", "states")  # for the backward
 
 
