@@ -1,12 +1,14 @@
 """The backward kernel in bfloat16; names as in `tpu_bfloat16_forward`.
 
-With Y = beta Z, S' the state after the chunk, and each product masked as its factors are::
+With Y = beta Z, S' the state after the chunk, each product masked as its factors are, and scale left out::
 
-    dY = P'^T dO + decay K dS'        P' = P without beta
-    dX = T^T (beta dY) = dV           dM = -dX Z^T,  dP' = dO Y^T
+    beta dY = P^T dO + decay beta K dS'
+    dX = T^T (beta dY) = dV           dM = -dX Z^T,  dP = dO Z^T
     dS = decay dS' + (decay Q)^T dO - (decay K)^T dX
-    dQ = decay dO S^T + (dP' D) K
-    dK = -decay dX S^T + decay Y dS'^T + (dP' D)^T Q + (dM beta D + its transpose) K
+    dQ = decay dO S^T + (dP beta D) K
+    dK = -decay dX S^T + decay Y dS'^T + (dP beta D)^T Q + (dM beta D + its transpose) K
+
+The gradient of beta sums dM M + dP P, without beta, over rows, and Z times decay K dS' over channels.
 
 A decay between two rows is exp of the sum of the gates up to the one less that up to the other. The gradient of the sum up
 to a row is therefore q dQ and k dK summed over channels, of dK what the row reads (the two terms with a minus or with dM) less
@@ -17,7 +19,7 @@ between two rows of one token, what one reads is what the other writes, of the s
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu_bfloat16_call import Kept, PerHead, beta_and_gates, call, sizes
+from pallas_kernels.tpu_bfloat16_call import Packed, PerHead, beta_and_gates, call, sizes
 from pallas_kernels.tpu_bfloat16_common import (
     BF16,
     F32,
@@ -56,8 +58,9 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
         run(store("v", block.dv))
         outs["beta"][...] = block.gradient_of_beta()[: n.rows]
         if g is not None:
-            passed = jnp.where(refs["g"] > LOWEST_GATE, block.gradient_of_gates(), 0)  # none where it was raised to it
-            outs["g"][...] = passed
+            outs["g"][...] = jnp.where(
+                refs["g"] > LOWEST_GATE, block.gradient_of_gates(), 0
+            )  # none where it was raised to it
 
     inputs = {"q": q, "k": k, **beta_and_gates(n, beta, g), "inverses": inverses, "z": z, "states": states}
     inputs |= {"o": do, "state": dlast}
@@ -85,23 +88,28 @@ class _Block:
     def __init__(self, n, refs, ds_ref, scale):
         self.n, self.half, self.scale, self.ds_ref = n, n.nh // 2, scale, ds_ref
         self.q, self.k, self.do = (PerHead(refs[name], n.nh // refs[name].shape[0]) for name in "qko")
-        self.t, self.z, self.s = (Kept(refs[name]) for name in ("inverses", "z", "states"))
+        self.t, self.z, self.s = (Packed(refs[name]) for name in ("inverses", "z", "states"))
         self.gates = Gates(refs["beta"], refs.get("g"), n.tokens, n.steps)
         self.gated = self.gates.total is not None
         self.dq: dict[int, jax.Array] = {}
         self.dk: dict[int, jax.Array] = {}
         self.dv: dict[int, jax.Array] = {}
-        self.totals: dict[int, jax.Array] = {}
-        names = {"beta": ROWS, "k": ROWS, "q": n.tokens, "end": 8}
-        self.columns = {name: jnp.zeros((rows, n.nh), F32) for name, rows in names.items()}  # sums over lanes, by head
-        self.beta_sums: dict[int, jax.Array] = {}  # sums over rows, by pair
+        self.of_end: dict[int, jax.Array] = {}  # <S', dS'> in parts, [8, V + K]
+        # Sums over lanes, by head, and over rows, by pair.
+        self.columns = {
+            name: jnp.zeros((rows, n.nh), F32)
+            for name, rows in (("beta", ROWS), ("k", ROWS), ("q", n.tokens), ("end", 8))
+        }
+        self.sums: dict[int, jax.Array] = {}
 
     def _sum(self, name, h, x):
         sums = jnp.sum(x, axis=1, keepdims=True)
         self.columns[name] = jnp.where(iota(self.columns[name].shape, 1) == h, sums, self.columns[name])
 
     def run(self):
-        """All heads in step."""
+        """All heads in step. Products and moves of lanes are executed in the order they are written in: what waits for nothing
+        stands where the others wait, and last what has most products for the rest of the work to stand beside.
+        """
         q, k, gates, half = self.q, self.k, self.gates, self.half
         pairs, heads = range(half), [h for p in range(half) for h in (p, p + half)]
         scores, decays = gates.scores(pairs, q, k)
@@ -116,8 +124,8 @@ class _Block:
         for h in heads:
             ends[h] = column(weight, h) * dot(self.z[h], operand(self.ds_ref[h]), (1, 1))
             if self.gated:
-                kept = column(gates.total, h) * _by_tiles(floats(self.s[h]) * self.ds_ref[h])
-                self.totals[h] = lanes_of(kept, _by_tiles(floats(k[h]) * ends[h]))
+                stays = column(gates.total, h) * _by_tiles(floats(self.s[h]) * self.ds_ref[h])
+                self.of_end[h] = lanes_of(stays, _by_tiles(floats(k[h]) * ends[h]))
         for h in heads:
             kq_turned[h] = transpose(rows_of(k[h], padded(q[h])))
             q_side = operand(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
@@ -125,8 +133,8 @@ class _Block:
             k_side, rest = split(-column(gates.from_start, h) * dx[h])
             reads[h] = dot(rows_of(k_side, q_side), self.s[h], (1, 1))
             writes[h] = rows_of(k_side, padded(q_side), rest, jnp.zeros_like(rest))
-        for p, *of_pair in zip(pairs, scores, decays, products, strict=True):
-            self._of_pair(p, *of_pair, reads, ends)
+        for p, score, decay, product in zip(pairs, scores, decays, products, strict=True):
+            self._of_pair(p, score, decay, product, reads, ends)
         for h in heads:
             update = dot(lanes_of(kq_turned[h], kq_turned[h]), writes[h])
             self.ds_ref[h] = column(gates.total, h) * self.ds_ref[h] + update
@@ -166,24 +174,22 @@ class _Block:
         return rows_of(x[:ROWS] + x[ROWS : 2 * ROWS], x[2 * ROWS :])
 
     def _of_pair(self, p, scores, decays, products, reads, ends):
-        """Gradients of q and k of a pair of heads."""
+        """Gradients of q and k of a pair of heads, of which `reads` and `ends` are what goes through the states."""
         gates, row, heads = self.gates, self.gates.beta_rows[p : p + 1], (p, p + self.half)
         dm = jnp.where(gates.below, -products[:ROWS], 0)
         dp = jnp.where(gates.seen, self.scale * products[ROWS:], 0)
-        sums = jnp.sum(dm * scores[0], axis=0, keepdims=True) + jnp.sum(dp * scores[1], axis=0, keepdims=True)
-        self.beta_sums[p] = sums
+        self.sums[p] = jnp.sum(dm * scores[0], axis=0, keepdims=True) + jnp.sum(dp * scores[1], axis=0, keepdims=True)
         d = rows_of(operand(dm * row * decays[0]), operand(dp * row * decays[1]))
-        d_turned = transpose(d)
-        read, size, turned = (
+        turned = transpose(d)
+        both, rows, size = (
             dot(stacked(d), rows_of(*(self.k[h] for h in heads))),
             ROWS + self.n.tokens,
-            d_turned.shape[0] // 2,
+            turned.shape[0] // 2,
         )
         for i, h in enumerate(heads):
-            of_head = slice(i * turned, (i + 1) * turned)
-            written = ends[h] + dot(d_turned[of_head], rows_of(self.k[h], self.q[h]))
-            through_state = apart(reads[h], first=ROWS)  # of k too the kernel is slower
-            self._sum_up(h, through_state + read[i * size : (i + 1) * size], written)
+            written = ends[h] + dot(turned[i * size : (i + 1) * size], rows_of(self.k[h], self.q[h]))
+            read = apart(reads[h], first=ROWS) + both[i * rows : (i + 1) * rows]  # of k apart too: slower
+            self._sum_up(h, read, written)
 
     def _sum_up(self, h, read, written):
         """Gradients of q and k of a head from what keys and queries read and keys write, and sums for those of gates."""
@@ -192,13 +198,13 @@ class _Block:
         if self.gated:
             self._sum("k", h, floats(k) * (read - written))
             self._sum("q", h, floats(q) * dq)
-            self._sum("end", h, self.totals[h])
+            self._sum("end", h, self.of_end[h])
 
     def gradient_of_beta(self):
         """[64, nh]."""
-        x = rows_of(*(self.beta_sums[p] for p in range(self.half)))
-        of_ends = self.columns["beta"] if not self.gated else self.gates.to_end * self.columns["beta"]
-        return of_ends + rows_of(x[:, :ROWS], x[:, ROWS:]).T
+        x = rows_of(*(self.sums[p] for p in range(self.half)))
+        decay = 1.0 if self.gates.to_end is None else self.gates.to_end
+        return decay * self.columns["beta"] + rows_of(x[:, :ROWS], x[:, ROWS:]).T
 
     def gradient_of_gates(self):
         """[C, nh]. A token's gate is in the sums up to its rows and query and later ones, and to the chunk's end."""

@@ -22,7 +22,7 @@ from pallas_kernels.tpu_bfloat16_common import (
     low_or_high,
     padded,
     rows_of,
-    unkept,
+    unpacked,
     word,
 )
 from pallas_kernels.tpu_bfloat16_inverse import BASE
@@ -156,11 +156,11 @@ def _exchanged(x, y):
     return x & 0xFFFF | y << 16, x >> 16 & 0xFFFF | y & -0x10000
 
 
-class Kept(PerHead):
-    """The same ref of what `tpu_bfloat16_common.kept` made, read as operands."""
+class Packed(PerHead):
+    """The same ref of what `tpu_bfloat16_common.packed` made, read as operands."""
 
     def __getitem__(self, head):
-        return unkept(self.ref[head])
+        return unpacked(self.ref[head])
 
 
 class _Values:

@@ -2,8 +2,8 @@
 
 What is square in the 64 rows of a chunk fills half of the 128 lanes, so two heads share an array, [64, 2 x 64]: half the
 vector work, and the products of both in one pass of the matrix unit. Of HV heads in a block, head p of the first half is
-paired with head p + HV / 2. All pairs go in step, stage by stage: the compiler looks no further than neighbouring lines, and so
-their products fill each other's latencies.
+paired with head p + HV / 2. All pairs go in step, stage by stage: products stay in the order they are written in, and so those
+of one pair fill the latencies of the others'.
 
 bfloat16 matrices [rows, lanes] are held as 32-bit pairs of rows, [rows / 2, lanes], which is what the registers hold:
 then parts are put together, masked and stored as they are. (Of bfloat16 arrays Mosaic makes half-filled tiles in between.)
@@ -37,8 +37,10 @@ def compiled() -> bool:
     return tpu_info() is not None
 
 
-def packs_in_memory() -> bool:
-    """Whether two rows come into one word by way of VMEM: on v5e and v5p, where that takes two stores and a load."""
+def small_array() -> bool:
+    """Whether a TPU with arrays of 128 x 128 is compiled for: v5e or v5p. There two rows come into one word by way of VMEM, by
+    two stores and a load.
+    """
     return compiled() and tpu_info().chip_version in (pltpu.ChipVersion.TPU_V5E, pltpu.ChipVersion.TPU_V5P)
 
 
@@ -63,15 +65,15 @@ def bits(x):
 
 
 def operand(x):
-    """What a product takes of float32 or `bits`: `bits`, or float32 that `dot` rounds where `packs_in_memory`."""
-    if packs_in_memory():
+    """What a product takes of float32 or `bits`: `bits`, or float32 that `dot` rounds where `small_array`."""
+    if small_array():
         return x if x.dtype == F32 else floats(x)
     return bits(x) if x.dtype == F32 else x
 
 
 def operands(*lead, rows, lanes):
     """(shape, dtype) of arrays of `operand`s [*lead, rows, lanes]."""
-    return ((*lead, rows, lanes), F32) if packs_in_memory() else ((*lead, rows // 2, lanes), jnp.int32)
+    return ((*lead, rows, lanes), F32) if small_array() else ((*lead, rows // 2, lanes), jnp.int32)
 
 
 def floats(x):
@@ -92,17 +94,17 @@ def low_or_high(words, high):
     return jax.lax.bitcast_convert_type(words & -0x10000 if high else words << 16, F32)
 
 
-def kept(x):
+def packed(x):
     """An `operand` or float32 in half its bytes, [rows / 2, lanes]: `bits`, or words of rows i and i + rows / 2."""
-    if not packs_in_memory():
+    if not small_array():
         return operand(x)
     rows = x.shape[0] // 2
     return word(x[:rows], x[rows:])
 
 
-def unkept(words):
-    """The `operand` of what was `kept`."""
-    return rows_of(*(low_or_high(words, high) for high in range(2))) if packs_in_memory() else words
+def unpacked(words):
+    """The `operand` of what was `packed`."""
+    return rows_of(*(low_or_high(words, high) for high in range(2))) if small_array() else words
 
 
 def halves(x):
@@ -124,7 +126,7 @@ def dot(x, y, axes=(1, 0)):
 
 def transpose(x):
     """Transpose of an `operand` or of `bits`, as `operand`."""
-    return operand(x).T if packs_in_memory() else bits(pltpu.bitcast(x, BF16).T)
+    return operand(x).T if small_array() else bits(pltpu.bitcast(x, BF16).T)
 
 
 def apart(x, first=0):
@@ -187,14 +189,14 @@ def column(x, h):
     return 1.0 if x is None else x[:, h : h + 1]
 
 
-def columns(x):
+def spreadable(x):
     """What `spread_column` takes of float32 x [rows, heads]: to 16 bits, two parts side by side."""
-    return x if packs_in_memory() else bits(lanes_of(*halves(x)))
+    return x if small_array() else bits(lanes_of(*halves(x)))
 
 
 def spread_column(x, h, heads, lanes):
-    """Column h of `columns` over all lanes, [rows, lanes]; by the matrix unit, or where its array is small by the XLU."""
-    if packs_in_memory():
+    """Column h of `spreadable` over all lanes, [rows, lanes]; by the matrix unit, or where its array is small by the XLU."""
+    if small_array():
         return jnp.broadcast_to(x[:, h : h + 1], (x.shape[0], lanes))
     row = 2 * iota((heads, lanes), 0)
     low, high = (jnp.where((row + i == h) | (row + i == heads + h), 0x3F80, 0) for i in range(2))  # 1.0 in bfloat16

@@ -23,18 +23,18 @@ from pallas_kernels.tpu_bfloat16_common import (
     ROWS,
     Gates,
     by_row,
-    columns,
     dot,
     half_turn,
-    kept,
     lanes_of,
     left,
     operand,
     operands,
+    packed,
     rows_of,
     run,
     split,
     spread_column,
+    spreadable,
     stacked,
     transpose,
 )
@@ -76,8 +76,8 @@ def forward(q, k, v, beta, g, state, scale, keep):
 
 
 def _carried(n, gated):
-    """What `_Ahead` leaves for `_Block` of the next chunk: q and k as `bits`, K^T, T in two parts, P, decay of the chunk, and by
-    head over all lanes what rows are multiplied by (`_weights`), in two places used in turn.
+    """What `_Ahead` leaves for `_Block` of the next chunk: q and k as `bits`, T in two parts, P, decay of the chunk, and by head
+    over all lanes what rows are multiplied by (`_weights`), in two places used in turn.
     """
     half = n.nh // 2
     found = {
@@ -117,7 +117,7 @@ class _Ahead:
         if gates.total is not None:
             self.found["total"] = gates.total
             weights = [gates.to_end * gates.beta, gates.from_start_q]
-        weights = columns(rows_of(*weights))
+        weights = spreadable(rows_of(*weights))
         stages = inverses(ms, refs["spread"][...])
         # Of its eight stages after these the matrix unit has least to do; elsewhere the whole is up to a fifth slower.
         yield from itertools.islice(stages, 4)
@@ -205,9 +205,9 @@ class _Block:
 
     def _keep(self, h, z):
         inverses_ref, z_ref, states_ref = self.kept
-        z_ref[h], states_ref[h] = kept(z), kept(self.s_ref[h])
+        z_ref[h], states_ref[h] = packed(z), packed(self.s_ref[h])
         if h < self.half:
             t = self.refs["t"][h]
-            inverses_ref[h] = kept(
+            inverses_ref[h] = packed(
                 transpose(rows_of(t[:, :LANES], t[:, LANES:]))
             )  # of one head above the other's, parts in lanes
