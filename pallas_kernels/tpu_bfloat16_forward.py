@@ -58,6 +58,8 @@ def forward(q, k, v, beta, g, state, scale, keep):
         block = _Block(n, refs, [outs[name] for name in KEPT] if keep else [], s_ref, scale)
         scan = block.run(functools.partial(store, "o"), following.keep)
         run(following.run(), scan, PARTS_AT_ONCE)
+        while not block.solved:
+            next(scan)
         following.keep("t")
         run(scan)
 
@@ -157,12 +159,13 @@ class _Block:
         self.gated = "total" in refs
         self.nothing = jnp.zeros(*operands(rows=ROWS, lanes=n.value_dim))
         self.outs: dict[int, jax.Array] = {}
+        self.solved = False  # then T is not read any more
 
     def _weight(self, name, h):
         return self.refs[name][1 - pl.program_id(2) % 2, h]
 
     def run(self, store, keep):
-        """A generator: stage by stage, yielding after each head."""
+        """A generator: stage by stage, yielding after each head; `keep` is told what is not read any more."""
         half = self.half
         heads = [h for p in range(half) for h in (p, p + half)]
         read, z, turned = {}, {}, {}
@@ -174,6 +177,7 @@ class _Block:
             z[h] = self._solve(h, read[h][:ROWS])
             turned[h] = transpose(rows_of(self.k[h], self.k[h]))
             yield
+        self.solved = True
         keep("q", "k")
         for p in range(half):
             of_z = dot(stacked(self.refs["p"][p]), rows_of(operand(z[p]), operand(z[p + half])))
@@ -185,7 +189,8 @@ class _Block:
         keep("p")
         for h in heads:
             if self.kept:
-                self._keep(h, z[h])
+                _, z_ref, states_ref = self.kept
+                z_ref[h], states_ref[h] = packed(z[h]), packed(self.s_ref[h])
             written = dot(turned[h], rows_of(*split(self._weight("weight", h) * z[h])))
             decay = self.refs["total"][:, h : h + 1] if self.gated else 1.0
             self.s_ref[h] = decay * self.s_ref[h] + written
@@ -199,15 +204,8 @@ class _Block:
         x = self.v[h] - (by_row(self._weight("from_start", h), self.n.steps) if self.gated else 1.0) * read
         (big, small), t, here = split(x), self.refs["t"][h % self.half], h < self.half
         first, second = t[:, :LANES], t[:, LANES:]
+        if self.kept and here:  # turned, one head above the other
+            self.kept[0][h] = packed(transpose(rows_of(first, second)))
         first_and_second = jnp.where(left(first) == here, first, half_turn(second))
         smalls = (small, self.nothing) if here else (self.nothing, small)
         return dot(lanes_of(first_and_second, first), rows_of(big, big, *smalls))
-
-    def _keep(self, h, z):
-        inverses_ref, z_ref, states_ref = self.kept
-        z_ref[h], states_ref[h] = packed(z), packed(self.s_ref[h])
-        if h < self.half:
-            t = self.refs["t"][h]
-            inverses_ref[h] = packed(
-                transpose(rows_of(t[:, :LANES], t[:, LANES:]))
-            )  # of one head above the other's, parts in lanes
