@@ -11,9 +11,9 @@ With Y = beta Z, S' the state after the chunk, each product masked as its factor
 The gradient of beta sums dM M + dP P, without beta, over rows, and Z times decay K dS' over channels.
 
 A decay between two rows is exp of the sum of the gates up to the one less that up to the other. The gradient of the sum up
-to a row is therefore q dQ and k dK summed over channels, of dK what the row reads (the two terms with a minus or with dM) less
-what it writes; of the sum to the chunk's end <S', dS'>. A gate's own adds those of all sums that hold it. Where no gate stands
-between two rows of one token, what one reads is what the other writes, of the same rounded factors, and cancels.
+to a row is therefore the sums over channels of q dQ and k dK through states, of what k reads less what it writes, and row sums
+less column sums of dM M + dP P; of the sum to the chunk's end <S', dS'>. A gate's own adds those of all sums that hold it.
+(Those of whole dQ and dK would be right too, but are of rounded dM: of like keys, sums of large terms of which little is left.)
 """
 
 import jax
@@ -34,6 +34,7 @@ from pallas_kernels.tpu_bfloat16_common import (
     halves,
     iota,
     lanes_of,
+    left,
     operand,
     padded,
     rows_of,
@@ -102,7 +103,8 @@ class _Block:
         }
         self.sums: dict[int, jax.Array] = {}
 
-    def _sum(self, name, h, x):
+    def _sum(self, name, h, *xs):
+        x = sum(xs) if len({x.shape for x in xs}) == 1 else lanes_of(*xs)
         sums = jnp.sum(x, axis=1, keepdims=True)
         self.columns[name] = jnp.where(iota(self.columns[name].shape, 1) == h, sums, self.columns[name])
 
@@ -178,7 +180,8 @@ class _Block:
         gates, row, heads = self.gates, self.gates.beta_rows[p : p + 1], (p, p + self.half)
         dm = jnp.where(gates.below, -products[:ROWS], 0)
         dp = jnp.where(gates.seen, self.scale * products[ROWS:], 0)
-        self.sums[p] = jnp.sum(dm * scores[0], axis=0, keepdims=True) + jnp.sum(dp * scores[1], axis=0, keepdims=True)
+        dm_m, dp_p = dm * scores[0], dp * scores[1]  # without beta
+        self.sums[p] = jnp.sum(dm_m, axis=0, keepdims=True) + jnp.sum(dp_p, axis=0, keepdims=True)
         d = rows_of(operand(dm * row * decays[0]), operand(dp * row * decays[1]))
         turned = transpose(d)
         both, rows, size = (
@@ -187,29 +190,34 @@ class _Block:
             turned.shape[0] // 2,
         )
         for i, h in enumerate(heads):
-            written = ends[h] + dot(turned[i * size : (i + 1) * size], rows_of(self.k[h], self.q[h]))
-            read = apart(reads[h], first=ROWS) + both[i * rows : (i + 1) * rows]  # of k apart too: slower
-            self._sum_up(h, read, written)
+            written = dot(turned[i * size : (i + 1) * size], rows_of(self.k[h], self.q[h]))
+            read = apart(reads[h]) + both[i * rows : (i + 1) * rows]
+            self.dk[h], self.dq[h] = read[:ROWS] + (ends[h] + written), read[ROWS:]
+            if self.gated:
+                self._sum_of_gates(h, reads[h], ends[h], dm_m * row, dp_p * row)
 
-    def _sum_up(self, h, read, written):
-        """Gradients of q and k of a head from what keys and queries read and keys write, and sums for those of gates."""
-        k, q, read, dq = self.k[h], self.q[h], read[:ROWS], read[ROWS:]
-        self.dk[h], self.dq[h] = read + written, dq
-        if self.gated:
-            self._sum("k", h, floats(k) * (read - written))
-            self._sum("q", h, floats(q) * dq)
-            self._sum("end", h, self.of_end[h])
+    def _sum_of_gates(self, h, reads, end, dm_m, dp_p):
+        """Row sums of a head for the gradient of gates; of a pair of heads dM M and dP P are its own left or right lanes."""
+        own = [jnp.where(left(x) == (h < self.half), x, 0) for x in (dm_m, dp_p)]
+        self._sum("k", h, floats(self.k[h]) * (reads[:ROWS] - end), own[0])
+        self._sum("q", h, floats(self.q[h]) * reads[ROWS:], own[1])
+        self._sum("end", h, self.of_end[h])
 
     def gradient_of_beta(self):
         """[64, nh]."""
-        x = rows_of(*(self.sums[p] for p in range(self.half)))
         decay = 1.0 if self.gates.to_end is None else self.gates.to_end
-        return decay * self.columns["beta"] + rows_of(x[:, :ROWS], x[:, ROWS:]).T
+        return decay * self.columns["beta"] + self._column_sums()
+
+    def _column_sums(self):
+        """Of dM M + dP P without beta, [64, nh]."""
+        x = rows_of(*(self.sums[p] for p in range(self.half)))
+        return rows_of(x[:, :ROWS], x[:, ROWS:]).T
 
     def gradient_of_gates(self):
         """[C, nh]. A token's gate is in the sums up to its rows and query and later ones, and to the chunk's end."""
         n = self.n
-        sums = rows_of(*(self.columns[name] for name in ("k", "q", "end")))
+        of_k = self.columns["k"] - self.gates.beta * self._column_sums()
+        sums = rows_of(of_k, self.columns["q"], self.columns["end"])
         head, rest = halves(sums)
         parts = (head, *halves(rest))  # to 24 bits
         token, row = (iota((n.tokens, 3 * sums.shape[0]), axis) for axis in range(2))

@@ -129,16 +129,15 @@ def transpose(x):
     return operand(x).T if small_array() else bits(pltpu.bitcast(x, BF16).T)
 
 
-def apart(x, first=0):
-    """A product of which tpu7x's compiler takes the rows from `first` on for no product where they are added to others.
+def apart(x):
+    """A product that tpu7x's compiler takes for no product where it is added to others.
 
     Products that are added may be summed in the matrix unit. Which unit takes which, tpu7x's compiler decides for all that hang
     together by such sums, and of some it does not come to an end (its pass "MXU-assigner").
     """
     if compiled() and tpu_info().chip_version != pltpu.ChipVersion.TPU_7X:
         return x
-    rest = jnp.where(pl.program_id(2) < 0, 0.0, 1.0) * x[first:]  # times 1, which the compiler does not know
-    return rows_of(x[:first], rest) if first else rest
+    return jnp.where(pl.program_id(2) < 0, 0.0, 1.0) * x  # times 1, which the compiler does not know
 
 
 def half_turn(x):
