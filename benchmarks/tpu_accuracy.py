@@ -1,7 +1,7 @@
 """How far the TPU kernels are from the recurrence in float64, where no error decays; needs no TPU, and is no measurement on one.
 
     python -m benchmarks.tpu_accuracy --csv=benchmarks/results/tpu_accuracy.csv
-    python -m benchmarks.tpu_accuracy --dtype=bfloat16 --length=800 --heads=4 --steps=1,4 --gates=none --seeds=2 \\
+    python -m benchmarks.tpu_accuracy --dtype=bfloat16 --length=800 --heads=4 --steps=1,4 --gates=none,scalar --seeds=2 \\
         --csv=benchmarks/results/tpu_accuracy_bfloat16.csv
 
 beta = 2, unit keys of cosine 0.95, K = V = 64, B1; the kernels run in Pallas' TPU interpret mode on the CPU, "chunked" stands

@@ -11,9 +11,10 @@ With Y = beta Z, S' the state after the chunk, each product masked as its factor
 The gradient of beta sums dM M + dP P, without beta, over rows, and Z times decay K dS' over channels.
 
 A decay between two rows is exp of the sum of the gates up to the one less that up to the other. The gradient of the sum up
-to a row is therefore the sums over channels of q dQ and k dK through states, of what k reads less what it writes, and row sums
-less column sums of dM M + dP P; of the sum to the chunk's end <S', dS'>. A gate's own adds those of all sums that hold it.
-(Those of whole dQ and dK would be right too, but are of rounded dM: of like keys, sums of large terms of which little is left.)
+to a row is therefore what flows through states, q dQ and k dK summed over channels, and row sums less column sums of
+dM M + dP P; of the sum to the chunk's end <S', dS'>, of which a row that is written takes back its own. A gate adds those of
+all sums that hold it. Not q dQ and k dK in whole: those are of rounded dM, and of like keys sums of large terms of which little
+is left. And without pairs of rows of one token, whose decay is no gate's: where gates are closed they are all there is.
 """
 
 import jax
@@ -23,6 +24,7 @@ from pallas_kernels.tpu_bfloat16_call import Packed, PerHead, beta_and_gates, ca
 from pallas_kernels.tpu_bfloat16_common import (
     BF16,
     F32,
+    LANES,
     LOWEST_GATE,
     ROWS,
     Gates,
@@ -72,10 +74,10 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
     outputs["state"] = (dlast.shape, F32)
     dq, dk, dv, *of_columns, dstate = call(n, kernel, "backward", inputs, outputs, reverse=True)
 
-    def by_row(x, like):
+    def in_order(x, like):
         return jnp.moveaxis(x, 1, 2).reshape(n.batch, -1, n.heads)[:, : like.shape[1]].astype(like.dtype)
 
-    return [dq, dk, dv, *map(by_row, of_columns, (beta, g)), dstate]
+    return [dq, dk, dv, *map(in_order, of_columns, (beta, g)), dstate]
 
 
 def _sum_of_group(x, first, group):
@@ -95,13 +97,13 @@ class _Block:
         self.dq: dict[int, jax.Array] = {}
         self.dk: dict[int, jax.Array] = {}
         self.dv: dict[int, jax.Array] = {}
-        self.of_end: dict[int, jax.Array] = {}  # <S', dS'> in parts, [8, V + K]
+        self.of_end: dict[int, jax.Array] = {}  # what stays of the state, <decay S, dS'>, in parts [8, V]
         # Sums over lanes, by head, and over rows, by pair.
         self.columns = {
             name: jnp.zeros((rows, n.nh), F32)
             for name, rows in (("beta", ROWS), ("k", ROWS), ("q", n.tokens), ("end", 8))
         }
-        self.sums: dict[int, jax.Array] = {}
+        self.sums: dict[str, dict[int, jax.Array]] = {"beta": {}, "gates": {}}
 
     def _sum(self, name, h, *xs):
         x = sum(xs) if len({x.shape for x in xs}) == 1 else lanes_of(*xs)
@@ -126,8 +128,7 @@ class _Block:
         for h in heads:
             ends[h] = column(weight, h) * dot(self.z[h], operand(self.ds_ref[h]), (1, 1))
             if self.gated:
-                stays = column(gates.total, h) * _by_tiles(floats(self.s[h]) * self.ds_ref[h])
-                self.of_end[h] = lanes_of(stays, _by_tiles(floats(k[h]) * ends[h]))
+                self.of_end[h] = column(gates.total, h) * _by_tiles(floats(self.s[h]) * self.ds_ref[h])
         for h in heads:
             kq_turned[h] = transpose(rows_of(k[h], padded(q[h])))
             q_side = operand(self.scale * column(gates.from_start_q, h) * floats(self.do[h]))
@@ -181,7 +182,12 @@ class _Block:
         dm = jnp.where(gates.below, -products[:ROWS], 0)
         dp = jnp.where(gates.seen, self.scale * products[ROWS:], 0)
         dm_m, dp_p = dm * scores[0], dp * scores[1]  # without beta
-        self.sums[p] = jnp.sum(dm_m, axis=0, keepdims=True) + jnp.sum(dp_p, axis=0, keepdims=True)
+        self.sums["beta"][p] = jnp.sum(_by_tiles(dm_m) + _by_tiles(dp_p), axis=0, keepdims=True)
+        if self.gated:
+            token = iota((ROWS, LANES), 1) % ROWS // self.n.steps
+            dm_m = jnp.where(iota((ROWS, LANES), 0) // self.n.steps != token, dm_m, 0) if self.n.steps > 1 else dm_m
+            dp_p = jnp.where(iota(dp.shape, 0) != token[: self.n.tokens], dp_p, 0)
+            self.sums["gates"][p] = jnp.sum(_by_tiles(dm_m) + _by_tiles(dp_p), axis=0, keepdims=True)
         d = rows_of(operand(dm * row * decays[0]), operand(dp * row * decays[1]))
         turned = transpose(d)
         both, rows, size = (
@@ -194,36 +200,40 @@ class _Block:
             read = apart(reads[h]) + both[i * rows : (i + 1) * rows]
             self.dk[h], self.dq[h] = read[:ROWS] + (ends[h] + written), read[ROWS:]
             if self.gated:
-                self._sum_of_gates(h, reads[h], ends[h], dm_m * row, dp_p * row)
+                self._sum_of_gates(h, reads[h], dm_m * row, dp_p * row)
 
-    def _sum_of_gates(self, h, reads, end, dm_m, dp_p):
+    def _sum_of_gates(self, h, reads, dm_m, dp_p):
         """Row sums of a head for the gradient of gates; of a pair of heads dM M and dP P are its own left or right lanes."""
         own = [jnp.where(left(x) == (h < self.half), x, 0) for x in (dm_m, dp_p)]
-        self._sum("k", h, floats(self.k[h]) * (reads[:ROWS] - end), own[0])
+        self._sum("k", h, floats(self.k[h]) * reads[:ROWS], own[0])
         self._sum("q", h, floats(self.q[h]) * reads[ROWS:], own[1])
         self._sum("end", h, self.of_end[h])
 
     def gradient_of_beta(self):
         """[64, nh]."""
         decay = 1.0 if self.gates.to_end is None else self.gates.to_end
-        return decay * self.columns["beta"] + self._column_sums()
+        return decay * self.columns["beta"] + self._column_sums("beta")
 
-    def _column_sums(self):
+    def _column_sums(self, name):
         """Of dM M + dP P without beta, [64, nh]."""
-        x = rows_of(*(self.sums[p] for p in range(self.half)))
+        x = rows_of(*(self.sums[name][p] for p in range(self.half)))
         return rows_of(x[:, :ROWS], x[:, ROWS:]).T
 
     def gradient_of_gates(self):
-        """[C, nh]. A token's gate is in the sums up to its rows and query and later ones, and to the chunk's end."""
+        """[C, nh]. A token's gate is met by its rows and query and later ones, by the state, and by what earlier rows write."""
         n = self.n
-        of_k = self.columns["k"] - self.gates.beta * self._column_sums()
-        sums = rows_of(of_k, self.columns["q"], self.columns["end"])
+        met = self.columns["k"] - self.gates.beta * self._column_sums("gates")
+        written = self.gates.beta * self.gates.to_end * self.columns["beta"]
+        sums = rows_of(met, self.columns["q"], self.columns["end"], written)
         head, rest = halves(sums)
         parts = (head, *halves(rest))  # to 24 bits
         token, row = (iota((n.tokens, 3 * sums.shape[0]), axis) for axis in range(2))
         row %= sums.shape[0]
-        holds = jnp.where(row < ROWS, row // n.steps, row - ROWS) >= token
-        return dot(operand((holds | (row >= ROWS + n.tokens)).astype(F32)), operand(rows_of(*parts)))
+        later = row - ROWS - n.tokens - 8
+        holds = jnp.where(row < ROWS, row // n.steps >= token, row - ROWS >= token) & (
+            (later < 0) | (later // n.steps < token)
+        )
+        return dot(operand(holds.astype(F32)), operand(rows_of(*parts)))
 
 
 def _by_tiles(x):

@@ -185,7 +185,7 @@ def call(n, kernel, name, inputs, outputs, *, reverse=False, ahead=(), carried=N
     store(layout, array of each head), a generator that yields in between, for outputs that are sequences, the inputs by
     layout, those of sequences as `bits` in VMEM with heads first (values as float32 by head), the refs of the outputs by layout,
     and a float32 scratch of a block's states, which holds the "state" of the inputs at the first chunk and is that of the
-    outputs after the last. Of keys, values, beta, gates and their gradients it sees ROWS rows.
+    outputs after the last. Of keys, values, beta and their gradients it sees ROWS rows.
 
     ahead: inputs of which the kernel gets the chunk after that of all others, and with them scratch arrays carried from
     call to call, name -> (shape, dtype). There is one more call then: in the first, what is not ahead is anything, and so may

@@ -84,7 +84,7 @@ def floats(x):
 def word(low, high):
     """Two arrays of float32 as one of words, rounded."""
     if compiled():
-        return pltpu.pack_elementwise([low, high], packed_dtype=BF16)
+        return pltpu.pack_elementwise([low, high], packed_dtype=BF16).astype(jnp.int32)
     low, high = (jax.lax.bitcast_convert_type(x.astype(BF16), jnp.uint16).astype(jnp.uint32) for x in (low, high))
     return jax.lax.bitcast_convert_type(low | high << 16, jnp.int32)
 
@@ -130,7 +130,7 @@ def transpose(x):
 
 
 def apart(x):
-    """A product that tpu7x's compiler takes for no product where it is added to others.
+    """The same product, but tpu7x's compiler does not know it for one where it is added to others.
 
     Products that are added may be summed in the matrix unit. Which unit takes which, tpu7x's compiler decides for all that hang
     together by such sums, and of some it does not come to an end (its pass "MXU-assigner").

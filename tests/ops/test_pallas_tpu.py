@@ -58,7 +58,7 @@ def test_float32(batch, length, steps, heads, value_heads, key_dim, value_dim, g
         (4, 1, 2, None, 0.5),
         (1, 1, 2, "channel", 0.5),
         (1, 2, 4, "scalar", 0.5),  # from here in pairs of heads
-        (2, 4, 4, "scalar", 0.5),
+        (2, 4, 4, "scalar", 0.95),
         (3, 4, 4, "strong", 0.95),  # 48 rows of 64
         (4, 4, 4, None, 0.95),
     ],
@@ -150,6 +150,13 @@ def test_closed_gates_of_pairs_of_heads(value):
     tokens = [a[name] for name in NAMES[:5]]
     gradient = jax.grad(lambda g: jnp.sum(delta_product(*tokens[:4], g, implementation="pallas_tpu")[0] ** 2))(a["g"])
     assert not np.any(gradient[:, closed]) and np.any(gradient[:, ~closed])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_all_gates_nearly_closed_in_pairs_of_heads(steps):
+    """Their gradients of 1e-13 come of nothing larger that cancels, and those of like keys are sums of large terms."""
+    a = draw(5, 1, 70, steps, 2, 4, 64, 64, "scalar", 2.0, 0.95, "bfloat16")
+    compare(a | {"g": jnp.full_like(a["g"], -30.0)}, "pallas_tpu", 1e-2, 2e-2)
 
 
 def test_under_vmap(monkeypatch):
