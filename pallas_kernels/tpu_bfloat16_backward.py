@@ -61,9 +61,8 @@ def backward(q, k, beta, g, kept, do, dlast, scale):
         run(store("v", block.dv))
         outs["beta"][...] = block.gradient_of_beta()[: n.rows]
         if g is not None:
-            outs["g"][...] = jnp.where(
-                refs["g"] > LOWEST_GATE, block.gradient_of_gates(), 0
-            )  # none where it was raised to it
+            # None where the gate was raised to the lowest.
+            outs["g"][...] = jnp.where(refs["g"] > LOWEST_GATE, block.gradient_of_gates(), 0)
 
     inputs = {"q": q, "k": k, **beta_and_gates(n, beta, g), "inverses": inverses, "z": z, "states": states}
     inputs |= {"o": do, "state": dlast}
