@@ -228,9 +228,8 @@ class Gates:
         self.below, self.seen = i > j, last >= iota((tokens, LANES), 1) % ROWS
         if gates is None:
             return
-        gates = jnp.where(
-            iota((ROWS, 2 * self.half), 0) % steps == 0, by_row(gates, steps), 0
-        )  # a token's at its first row
+        first = iota((ROWS, 2 * self.half), 0) % steps == 0  # a token's gate is at its first row
+        gates = jnp.where(first, by_row(gates, steps), 0)
         self.gate_rows = self._by_pair(gates)
         masks = operand(rows_of(self.seen.astype(F32), (i < j).astype(F32)))
         decays = jnp.exp(dot(masks, rows_of(*split(gates))))

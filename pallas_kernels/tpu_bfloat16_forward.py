@@ -40,12 +40,8 @@ from pallas_kernels.tpu_bfloat16_common import (
 )
 from pallas_kernels.tpu_bfloat16_inverse import inverses, spread_columns
 
-PARTS_AT_ONCE = (
-    6,
-    6,
-    6,
-    8,
-)  # heads of a stage of the scan beside the first stages of what is ahead, and each later one
+# Heads of a stage of the scan beside the first stages of what is ahead, and each later one; the first two set what `keep` leaves.
+PARTS_AT_ONCE = (6, 6, 6, 8)
 KEPT = ("inverses", "z", "states")  # for the backward
 
 
