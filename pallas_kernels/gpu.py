@@ -25,7 +25,7 @@ from jax._src import config
 
 from pallas_kernels import gpu_backward, gpu_channel
 from pallas_kernels.gpu_blocks import inverses_and_scores
-from pallas_kernels.gpu_common import ROWS
+from pallas_kernels.gpu_common import ROWS, per_key_head
 from pallas_kernels.gpu_scan import scan
 
 SIZES = (64, 128, 256)  # of K and V; others are padded with zeros
@@ -114,14 +114,14 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
     cut = {"scale": constant, "blocks": blocks}
     if g is not None:
         g = jnp.maximum(g.astype(jnp.float32), LOWEST_GATE)
-        # A row carries its token's gate if it is the token's first row, so that every decay is a sum of gates over rows.
-        of_rows = jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2)
     if channels:
-        q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
-        of_tokens, of_rows = pad(g, key_pad), merged(pad(of_rows, key_pad))
-        o, state = gpu_channel.delta_product(q, k, v, beta, of_tokens, of_rows, state, **cut)
+        o, state = gpu_channel.delta_product(q, k, v, beta, pad(g, key_pad), state, *cut.values())
     else:
-        gates = None if g is None else (by_block(g), by_block(of_rows))
+        gates = None
+        if (
+            g is not None
+        ):  # a row carries its token's gate if it is the token's first row, so that every decay is a sum of gates
+            gates = by_block(g), by_block(jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2))
         o, state = _run(q, k, v, _operands(beta, gates, steps), state, *cut.values())
     o, state = o[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
     return (o if constant is scale else (o.astype(jnp.float32) * scale).astype(v.dtype)), state
@@ -190,19 +190,13 @@ def _run_backward(scale, blocks, residuals, cotangents):
         of_gates = _gates_met(over_rows, over_tokens.swapaxes(2, 3))
         dtokens = jnp.stack([dfrom_start, of_gates], axis=-2)
         drows = jnp.stack([of_rows[..., 4, :], _gates_met(of_rows[..., 5, :], of_rows[..., 6, :])], axis=-2)
-    dq, dk = _per_key_head(q, dq), _per_key_head(k, dk, dk_rows)
+    dq, dk = per_key_head(q, dq), per_key_head(k, dk, dk_rows)
     return dq, dk, dv, (drows, dweights, dtokens), out["last"]
 
 
 def _gates_met(by_query, by_key):
     """Cotangents of gates s from sums of d(exp D_ij) exp D_ij over j, and over i: a pair meets the gates j < s <= i."""
     return jnp.cumsum((by_query - by_key)[..., ::-1], axis=-1)[..., ::-1]
-
-
-def _per_key_head(like, *cotangents):
-    """The sum of arrays and over the value heads of each key head."""
-    shape = (*like.shape[:3], -1, like.shape[3])
-    return sum(x.astype(jnp.float32).reshape(shape).sum(3) for x in cotangents).astype(like.dtype)
 
 
 _run.defvjp(_run_forward, _run_backward)

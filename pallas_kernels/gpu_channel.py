@@ -1,4 +1,4 @@
-"""The GPU path with channel gates: gates stand inside the products of keys, so XLA forms these, and the kernels do the rest.
+"""The GPU path with channel gates, which stand inside the products of keys: `gpu_channel_scores` forms these.
 
 With D_ijc the sum of channel c's gates after row j up to row i, per value head (Kimi Delta Attention; names as in `gpu`)::
 
@@ -6,7 +6,7 @@ With D_ijc the sum of channel c's gates after row j up to row i, per value head 
     V' = (I + A)^-1 beta (V - K_start S),   S <- diag(exp(D_end,start)) S + K_end^T V',   O = scale (Q_start S + P V')
 
 where K_start = K exp(D_i,start), K_end = K exp(D_end,j). Shapes and the other names are those of `gpu_common`; here every
-array has the HV heads.
+array but q and k has the HV heads.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_blocks import put_inverse
+from pallas_kernels.gpu_channel_scores import inverses_and_scores, scores_backward
 from pallas_kernels.gpu_common import (
     ROWS,
     along_rows,
@@ -24,6 +24,7 @@ from pallas_kernels.gpu_common import (
     call,
     f32,
     load,
+    per_key_head,
     products,
     row_and_column,
     rows_of,
@@ -35,71 +36,13 @@ from pallas_kernels.gpu_common import (
 from pallas_kernels.gpu_scan import scan
 
 
-def delta_product(q, k, v, beta, g_tokens, g_rows, state, *, scale, blocks):
-    """(o, last state) from whole chunks, all with HV heads.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def delta_product(q, k, v, beta, g, state, scale, blocks):
+    """(o, last state) from whole chunks.
 
-    q [B, T, HV, K], k [B, T R, HV, K], v [B, T R, HV, V], beta [B, S, HV, 64], g_tokens [B, T, HV, K] and g_rows
-    [B, T R, HV, K] in float32, state [B, HV, K, V].
+    q [B, T, H, K], k [B, T R, H, K], v [B, T R, HV, V], beta [B, S, HV, 64] and g [B, T, HV, K] in float32, state [B, HV, K, V].
     """
-
-    def split(x):
-        """[B, n 64, HV, ..] -> float32 [B, n, HV, 64, ..]."""
-        return jnp.moveaxis(x.astype(f32).reshape(x.shape[0], -1, ROWS, *x.shape[2:]), 2, 3)
-
-    def joined(x):
-        return jnp.moveaxis(x, 3, 2).reshape(x.shape[0], -1, *x.shape[2:3], x.shape[4]).astype(bf16)
-
-    queries, keys, of_tokens, of_rows = map(split, (q, k, g_tokens, g_rows))
-    batch, chunks, heads, _, key_dim = queries.shape
-    a = scores(keys, keys[..., None, :], of_rows)
-    by_token = jnp.moveaxis(k.astype(f32).reshape(batch, chunks, ROWS, -1, heads, key_dim), 4, 2)
-    p = scores(queries, by_token, of_tokens).reshape(batch, chunks, heads, ROWS, -1, ROWS)
-    p = jnp.moveaxis(p, 4, 2).reshape(a.shape).astype(bf16)
-    from_start = jnp.cumsum(of_rows, axis=-2)
-    later = jnp.pad(of_rows[..., 1:, :], [(0, 0)] * 3 + [(0, 1), (0, 0)])
-    to_end = jnp.cumsum(later[..., ::-1, :], axis=-2)[..., ::-1, :]
-    k_start, k_end = joined(keys * jnp.exp(from_start)), joined(keys * jnp.exp(to_end))
-    q_start = joined(queries * jnp.exp(jnp.cumsum(of_tokens, axis=-2)))
-    return _run(q_start, k_start, k_end, v, beta, a, p, jnp.exp(from_start[..., -1, :]), state, scale, blocks)
-
-
-def scores(x, k, g):
-    """sum_c x_ic k_jc exp(gates of channel c after token j up to i), for the rows j of tokens up to i, else 0.
-
-    From pairs of neighbouring blocks of tokens, doubled: between them the decay is split where the later one starts, so that
-    every exponent is a sum of gates, and at most 0. x [.., N, K], k [.., N, R, K], g [.., N, K] -> [.., N, N R].
-    """
-    *lead, n, dim = x.shape
-    steps = k.shape[-2]
-    found = jnp.sum(x[..., None, :] * k, axis=-1)[..., None, :]  # [.., blocks, rows, columns]
-    from_start, after, total = g, jnp.zeros_like(g), g  # of a token's block: up to it, after it, all [.., blocks, dim]
-    size = 1
-    while size < n:
-        pairs = (*lead, n // (2 * size), 2, size)
-        left = (x * jnp.exp(from_start)).reshape(*pairs, dim)[..., 1, :, :]
-        right = (k * jnp.exp(after)[..., None, :]).reshape(*pairs, steps * dim)[..., 0, :, :]
-        right = right.reshape(*pairs[:-2], size * steps, dim)
-        corner = jnp.matmul(left, jnp.swapaxes(right, -1, -2), precision="high")
-        found = found.reshape(*pairs, size * steps)
-        first, second = found[..., 0, :, :], found[..., 1, :, :]
-        above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        found = jnp.concatenate([above, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-        total = total.reshape(*pairs[:-1], 1, dim)
-        from_start, after = (y.reshape(*pairs, dim) for y in (from_start, after))
-        from_start = jnp.concatenate(
-            [from_start[..., :1, :, :], from_start[..., 1:, :, :] + total[..., :1, :, :]], axis=-3
-        )
-        after = jnp.concatenate([after[..., :1, :, :] + total[..., 1:, :, :], after[..., 1:, :, :]], axis=-3)
-        from_start, after = (y.reshape(*lead, n, dim) for y in (from_start, after))
-        total = total.sum(-3)[..., 0, :]
-        size *= 2
-    return found[..., 0, :, :]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
-def _run(q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
-    """(o, last state); a is A / beta in float32, p is P in bfloat16, both [B, S, HV, 64, 64]; totals [B, S, HV, K]."""
-    return _forward(False, q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks)[0]
+    return _forward(False, q, k, v, beta, g, state, scale, blocks)[0]
 
 
 def _weights(*kinds):
@@ -110,46 +53,34 @@ def _run_forward(*arguments):
     return _forward(True, *arguments)
 
 
-def _forward(keep, q_start, k_start, k_end, v, beta, a, p, totals, state, scale, blocks):
-    inverses = _inverses(a, beta)
+def _forward(keep, q, k, v, beta, g, state, scale, blocks):
+    inverses, a, p, q_start, k_start, k_end, totals = inverses_and_scores(q, k, g, beta)
     weights = _weights(beta, -beta, jnp.ones_like(beta), jnp.ones_like(beta))
     cut = {**blocks.of_scan(), "k_out": k_end, "totals": totals, "keep": keep}
     out = scan(k_start, v, inverses, weights, state, **cut, q=q_start, p=p, scale=scale)
-    residuals = (q_start, k_start, k_end, v, beta, a, p, totals, inverses, out.get("y"), out.get("states"))
+    residuals = (q, k, v, beta, g, inverses, a, p, q_start, k_start, k_end, totals, out.get("y"), out.get("states"))
     return (out["o"], out["last"]), residuals
 
 
 def _run_backward(scale, blocks, residuals, cotangents):
-    q_start, k_start, k_end, v, beta, a, p, totals, inverses, v_new, states = residuals
+    q, k, v, beta, g, inverses, a, p, q_start, k_start, k_end, totals, v_new, states = residuals
     do, dlast = cotangents
-    dq, dp, dv_new, dstarts = _outputs_backward(q_start, p, v_new, states, do, scale)
+    dq_start, dp, dv_new, dstarts = _outputs_backward(q_start, p, v_new, states, do, scale)
     weights = _weights(jnp.ones_like(beta), jnp.ones_like(beta), -beta, jnp.ones_like(beta))
     cut = {**blocks.of_scan(), "k_out": k_start, "totals": totals}
     out = scan(k_end, dv_new, inverses, weights, dlast, **cut, extra=dstarts)
-    gradients = _rows_backward(k_start, v, v_new, out["y"], states, out["states"], a, beta)
-    dk_start, dk_end, dv, da, dbeta, dtotals = gradients
-    return dq, dk_start, dk_end, dv, dbeta, da, dp.astype(bf16), dtotals, out["last"]
+    dk_start, dk_end, dv, da, dbeta, dtotals = _rows_backward(
+        k_start, v, v_new, out["y"], states, out["states"], a, beta
+    )
+    dq, dk, dg = scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, totals * dtotals)
+    return per_key_head(q, dq), per_key_head(k, dk), dv, dbeta, dg, out["last"]
 
 
-_run.defvjp(_run_forward, _run_backward)
-
-
-def _inverses(a, beta):
-    batch, blocks, heads, _ = beta.shape
-
-    def body(cta, inputs, outputs, *work):
-        b, block, h = cta
-        i, j = row_and_column()
-        exact = jnp.where(i > j, along_rows(load(inputs[1].at[b, block, h])) * load(inputs[0].at[b, block, h]), 0.0)
-        put_inverse(exact, outputs[0].at[b, block, h], *work)
-
-    shape = (batch, blocks, heads, ROWS, 2 * ROWS)
-    grid = {"batch": batch, "block": blocks, "head": heads}
-    return call(body, "channel_inverses", (a, beta), [(shape, bf16)], grid, [square(2), square(2), square()])[0]
+delta_product.defvjp(_run_forward, _run_backward)
 
 
 def _outputs_backward(q_start, p, v_new, states, do, scale):
-    """Cotangents of q_start, p (float32, everywhere), v_new and of the states that chunks start from [B, C, HV, K, V]."""
+    """Cotangents of q_start, p (everywhere), v_new and of the states that chunks start from [B, C, HV, K, V]."""
     batch, blocks, heads, key_dim, value_dim = states.shape
     chunks = q_start.shape[1] // ROWS
     steps = blocks // chunks
@@ -173,7 +104,7 @@ def _outputs_backward(q_start, p, v_new, states, do, scale):
         for r in range(steps):
             block = chunk * steps + r
             plgpu.barrier_wait(later)
-            outputs[1][b, block, h] = scale * products((do, transposed(v)))
+            write(scale * products((do, transposed(v))), outputs[1].at[b, block, h])
             for part in range(value_dim // ROWS):
                 here = rows_of(part)
                 dv = scale * products((transposed(p), do.at[:, here]))
@@ -201,7 +132,7 @@ def _outputs_backward(q_start, p, v_new, states, do, scale):
         (q_start, p, v_new, states, do),
         [
             (q_start.shape, bf16),
-            (p.shape, f32),
+            (p.shape, bf16),
             (v_new.shape, bf16),
             ((batch, chunks, heads, key_dim, value_dim), bf16),
         ],
@@ -220,7 +151,7 @@ def _outputs_backward(q_start, p, v_new, states, do, scale):
 
 
 def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
-    """Cotangents of k_start, k_end, v, a (float32), beta and totals, from the two scans as `gpu_backward.rows_backward`."""
+    """Cotangents of k_start, k_end, v, a, beta and totals, from the two scans as `gpu_backward.rows_backward`."""
     batch, blocks, heads, key_dim, value_dim = states.shape
 
     def body(cta, inputs, outputs, *scratch):
@@ -240,7 +171,7 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
         beta = along_rows(load(inputs[7].at[b, block, h]))
         da = jnp.where(i > j, -products((dsolved, transposed(v_new))), 0.0)
         dbeta = jnp.sum(da * load(inputs[6].at[b, block, h]), axis=1)
-        outputs[3][b, block, h] = beta * da
+        write(beta * da, outputs[3].at[b, block, h])
         for part in range(value_dim // ROWS):
             here = rows_of(part)
             dx = dsolved[:, here].astype(f32)
@@ -279,7 +210,7 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
             (k_start.shape, bf16),
             (k_start.shape, bf16),
             (v.shape, bf16),
-            (a.shape, f32),
+            (a.shape, bf16),
             (beta.shape, f32),
             ((batch, blocks, heads, key_dim), f32),
         ],

@@ -40,6 +40,7 @@ def call(body, name, inputs, outputs, grid, scratch, warpgroups=1):
         grid_names=tuple(grid),
         kernel_name=f"delta_product_{name}",
         scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),  # of exp: two instructions in place of eight
         **({"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}),
     )(*inputs)
     return [manual_axes.vary_alike(x, *inputs)[0] for x in results]
@@ -153,3 +154,9 @@ def decays_between(gates, begins, mask, parts):
     put_parts(parts, jnp.where(begins(s, j), along_rows(gates[...]), 0.0))
     plgpu.commit_smem()
     return jnp.exp(products((mask, parts.at[0]), (mask, parts.at[1])))
+
+
+def per_key_head(like, *cotangents):
+    """The sum of arrays and over the value heads of each key head."""
+    shape = (*like.shape[:3], -1, like.shape[3])
+    return sum(x.astype(f32).reshape(shape).sum(3) for x in cotangents).astype(like.dtype)
