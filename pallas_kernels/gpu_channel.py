@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_channel_scores import inverses_and_scores, scores_backward
+from pallas_kernels.gpu_blocks import put_inverse
+from pallas_kernels.gpu_channel_scores import scores, scores_backward
 from pallas_kernels.gpu_common import (
     ROWS,
     along_rows,
@@ -54,7 +55,8 @@ def _run_forward(*arguments):
 
 
 def _forward(keep, q, k, v, beta, g, state, scale, blocks):
-    inverses, a, p, q_start, k_start, k_end, totals = inverses_and_scores(q, k, g, beta)
+    a, p, q_start, k_start, k_end, totals = scores(q, k, g)
+    inverses = _inverses(a, beta)
     weights = _weights(beta, -beta, jnp.ones_like(beta), jnp.ones_like(beta))
     cut = {**blocks.of_scan(), "k_out": k_end, "totals": totals, "keep": keep}
     out = scan(k_start, v, inverses, weights, state, **cut, q=q_start, p=p, scale=scale)
@@ -79,8 +81,22 @@ def _run_backward(scale, blocks, residuals, cotangents):
 delta_product.defvjp(_run_forward, _run_backward)
 
 
+def _inverses(a, beta):
+    batch, blocks, heads, _ = beta.shape
+
+    def body(cta, inputs, outputs, *work):
+        b, block, h = cta
+        i, j = row_and_column()
+        exact = jnp.where(i > j, along_rows(load(inputs[1].at[b, block, h])) * load(inputs[0].at[b, block, h]), 0.0)
+        put_inverse(exact, outputs[0].at[b, block, h], *work)
+
+    shape = (batch, blocks, heads, ROWS, 2 * ROWS)
+    grid = {"batch": batch, "block": blocks, "head": heads}
+    return call(body, "channel_inverses", (a, beta), [(shape, bf16)], grid, [square(2), square(2), square()])[0]
+
+
 def _outputs_backward(q_start, p, v_new, states, do, scale):
-    """Cotangents of q_start, p (everywhere), v_new and of the states that chunks start from [B, C, HV, K, V]."""
+    """Cotangents of q_start, p, v_new and of the states that chunks start from [B, C, HV, K, V]."""
     batch, blocks, heads, key_dim, value_dim = states.shape
     chunks = q_start.shape[1] // ROWS
     steps = blocks // chunks
@@ -104,7 +120,9 @@ def _outputs_backward(q_start, p, v_new, states, do, scale):
         for r in range(steps):
             block = chunk * steps + r
             plgpu.barrier_wait(later)
-            write(scale * products((do, transposed(v))), outputs[1].at[b, block, h])
+            t, j = row_and_column()
+            dp = jnp.where(ROWS * r + j < (t + 1) * steps, scale * products((do, transposed(v))), 0.0)
+            write(dp, outputs[1].at[b, block, h])
             for part in range(value_dim // ROWS):
                 here = rows_of(part)
                 dv = scale * products((transposed(p), do.at[:, here]))
@@ -151,7 +169,7 @@ def _outputs_backward(q_start, p, v_new, states, do, scale):
 
 
 def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
-    """Cotangents of k_start, k_end, v, a, beta and totals, from the two scans as `gpu_backward.rows_backward`."""
+    """Cotangents of k_start, k_end, v, a (plus its transpose), beta and totals, from the two scans as `gpu_backward.rows_backward`."""
     batch, blocks, heads, key_dim, value_dim = states.shape
 
     def body(cta, inputs, outputs, *scratch):
@@ -171,7 +189,9 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
         beta = along_rows(load(inputs[7].at[b, block, h]))
         da = jnp.where(i > j, -products((dsolved, transposed(v_new))), 0.0)
         dbeta = jnp.sum(da * load(inputs[6].at[b, block, h]), axis=1)
-        write(beta * da, outputs[3].at[b, block, h])
+        of_columns = jax.lax.broadcast_in_dim(load(inputs[7].at[b, block, h]), (ROWS, ROWS), (1,))
+        other = jnp.where(i < j, -of_columns * products((v_new, transposed(dsolved))), 0.0)
+        write(beta * da + other, outputs[3].at[b, block, h])
         for part in range(value_dim // ROWS):
             here = rows_of(part)
             dx = dsolved[:, here].astype(f32)
