@@ -169,7 +169,7 @@ def _outputs_backward(q_start, p, v_new, states, do, scale):
 
 
 def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
-    """Cotangents of k_start, k_end, v, a (plus its transpose), beta and totals, from the two scans as `gpu_backward.rows_backward`."""
+    """Cotangents of k_start, k_end, v, a (plus its transpose), beta and totals: after both scans, as `rows_backward`."""
     batch, blocks, heads, key_dim, value_dim = states.shape
 
     def body(cta, inputs, outputs, *scratch):

@@ -39,60 +39,63 @@ LOG2_E = float(np.log2(np.e))
 
 
 def masks(steps: int) -> np.ndarray:
-    """Which gates of a chunk (across) are summed for each row of its blocks and each of its queries (down).
+    """0/1 masks over the tokens of a chunk, [steps * MASKS, 4, 64, 64]; [MASKS, 2, 64, 64] with steps = 1.
 
-    [steps, MASKS, 2, 64, 64], of rows and of queries; [.., 1, 64, 64] where these are alike, with steps = 1. The first are the
-    gates from the block's start up to a row, and from the chunk's up to a query; then those after a row up to the block's end
-    (nothing for queries); then, by level, those from a token to where blocks meet. A token's gate comes before its first row.
+    For each block of a chunk MASKS times: which gates (across) are summed for rows (down), and for queries; and which pairs are
+    then meant, of rows, and of queries and rows. Rows and queries are alike with steps = 1. The first are of gates from the
+    block's start up to a row, and from the chunk's up to a query, and of pairs of one token; the next of gates after a row up to
+    the block's end; then come, by level, those of gates from a token to where blocks meet, and of the pairs that this parts,
+    either way round. A token's gate comes before its first row.
     """
     s = np.arange(ROWS)
     query = s[:, None]
-    found = np.zeros((steps, MASKS, 2, ROWS, ROWS), np.bool)
+    found = np.zeros((steps, MASKS, 2, 2, ROWS, ROWS), np.bool)
     for step in range(steps):
-        row, first = step * ROWS + query, s * steps
-        found[step, 0] = (row[0] <= first) & (first <= row), s <= query
-        found[step, 1, 0] = (row < first) & (first <= row[-1])
+        row, first = step * ROWS + s, s * steps
+        tokens, column = (row[:, None] // steps, query), row // steps
+        found[step, 0, 0] = (row[0] <= first) & (first <= row[:, None]), s <= query
+        found[step, 0, 1] = [token == column for token in tokens]
+        found[step, 1, 0, 0] = (row[:, None] < first) & (first <= row[-1])
         for level in range(LEVELS):
-            for kind, token in enumerate((row // steps, query)):
-                gates = np.where(token >> level & 1, s <= token, s > token)
-                found[step, TO_MEETING + level, kind] = gates & (s >> level == token >> level)
-    return found[:, :, :1] if steps == 1 else found
+            for kind, token in enumerate(tokens):
+                gates = np.where(token >> level & 1, s <= token, s > token) & (s >> level == token >> level)
+                found[step, TO_MEETING + level, :, kind] = gates, (token ^ column) >> level == 1
+    return found[:, :, :, : min(steps, 2)].reshape(steps * MASKS, -1, ROWS, ROWS)
 
 
-class Pairs:
-    """Pairs of rows, and of queries (down) and rows, by what parts their tokens: [64, 64], in the `step`-th block of `steps`.
+class Masks:
+    """Those of a CTA one after the other, through shared memory: with steps = 1 the next is fetched while one is read."""
 
-    Made anew at each use, from indices that the compiler does not know: kept across a loop, they fill registers.
-    """
+    def __init__(self, steps, source, count, ref, arrived):
+        """source(n): the n-th of `count` in global memory; ref [slots, 2 or 4, 64, 64]."""
+        self.steps, self.source, self.count, self.ref, self.arrived = steps, source, count, ref, arrived
+        for n in range(ref.shape[0]):
+            self._fetch(jnp.int32(n))
 
-    def __init__(self, steps, step):
-        self.steps, self.step = steps, step
+    @staticmethod
+    def scratch(steps, dtype):
+        slots = 2 if steps == 1 else 1
+        return [square(slots, 2 * min(steps, 2), dtype=dtype), plgpu.Barrier(num_barriers=slots)]
 
-    def tokens(self, turn):
-        """Of each entry its query, its row's token and its column's."""
-        hidden = unknown_zero(turn)
-        i, j = (x + hidden for x in row_and_column())
-        if self.steps == 1:
-            return i, i, j
-        return i, (self.step * ROWS + i) // self.steps, (self.step * ROWS + j) // self.steps
+    def _fetch(self, n):
+        slot = jax.lax.rem(n, jnp.int32(self.ref.shape[0]))
+        plgpu.copy_gmem_to_smem(self.source(n), self.ref.at[slot], self.arrived.at[slot])
 
-    def of_rows(self, level):
-        """Which are parted at this level, either way round."""
-        _, later, earlier = self.tokens(level)
-        return (later ^ earlier) >> level == 1
+    def wait(self, n):
+        """(gates, pairs) of the n-th, each of rows and of queries."""
+        slot = jax.lax.rem(n, jnp.int32(self.ref.shape[0]))
+        plgpu.barrier_wait(self.arrived.at[slot])
+        indices = ((0, 0), (1, 1)) if self.steps == 1 else ((0, 1), (2, 3))
+        return [[self.ref.at[slot, index] for index in of_kind] for of_kind in indices]
 
-    def of_queries(self, level):
-        later, _, earlier = self.tokens(level)
-        return (later ^ earlier) >> level == 1
+    def leave(self, n):
+        """All warps have read the n-th."""
+        plgpu.commit_smem()
+        later = n + self.ref.shape[0]
 
-    def of_one_token(self):
-        query, row, column = self.tokens(self.step)
-        return row == column, query == column
-
-    def seen(self):
-        """Which rows are of tokens up to the query's."""
-        query, _, column = self.tokens(self.step)
-        return column <= query
+        @pl.when(later < self.count)
+        def _():
+            self._fetch(later)
 
 
 def decay(mask, *gates):
@@ -110,30 +113,22 @@ def scores(q, k, g):
     blocks, steps = k.shape[1] // ROWS, k.shape[1] // length
     group = heads // k.shape[2]
     parts = key_dim // ROWS
-    of_gates = jnp.asarray(masks(steps), f16)
-    kinds = of_gates.shape[2]
 
-    def body(cta, inputs, outputs, q, k, gates, mask, x, y, stage, arrived):
+    def body(cta, inputs, outputs, q, k, gates, x, y, stage, mask, arrived):
         b, block, h = cta
         chunk, step = block // steps, jax.lax.rem(block, jnp.int32(steps))
-        pairs, write = Pairs(steps, step), writer(stage)
+        queries, rows, write = rows_of(chunk), rows_of(block), writer(stage)
+        of_cta = Masks(steps, lambda n: inputs[3].at[step * MASKS + n], MASKS, mask, arrived)
 
-        def fetch(n):
-            slot = jax.lax.rem(n, jnp.int32(2))
-            plgpu.copy_gmem_to_smem(inputs[3].at[step, n], mask.at[slot], arrived.at[slot])
-
-        def decayed(ref, part, slot, kind=0):
-            return ref[part] * decay(mask.at[slot, kind], gates.at[part]).astype(f16)
-
-        fetch(jnp.int32(0))
-        fetch(jnp.int32(1))
+        def decayed(ref, part, mask):
+            return ref[part].astype(f32) * decay(mask, gates.at[part])  # float16 would make nothing of exp(-20)
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
             here = rows_of(part)
-            q[part] = load(inputs[0].at[b, rows_of(chunk), h // group, here]).astype(f16)
-            k[part] = load(inputs[1].at[b, rows_of(block), h // group, here]).astype(f16)
-            g = load(inputs[2].at[b, rows_of(chunk), h, here])
+            q[part] = load(inputs[0].at[b, queries, h // group, here]).astype(f16)
+            k[part] = load(inputs[1].at[b, rows, h // group, here]).astype(f16)
+            g = load(inputs[2].at[b, queries, h, here])
             gates[part] = (LOG2_E * g).astype(f16)
             if steps > 1:
                 first = next(row_and_column()) * steps - step * ROWS  # the first row of each gate's token
@@ -141,60 +136,49 @@ def scores(q, k, g):
             outputs[5][b, block, h, here] = jnp.exp2(LOG2_E * jnp.sum(g, axis=0))
 
         plgpu.commit_smem()
-        plgpu.barrier_wait(arrived.at[0])
+        (of_rows, of_queries), pairs = of_cta.wait(jnp.int32(0))
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
-            write(decayed(k, part, 0), outputs[3].at[b, rows_of(block), h, rows_of(part)])
+            write(decayed(k, part, of_rows), outputs[3].at[b, rows, h, rows_of(part)])
 
             @pl.when(step == 0)
             def _():
-                write(decayed(q, part, 0, kinds - 1), outputs[2].at[b, rows_of(chunk), h, rows_of(part)])
+                write(decayed(q, part, of_queries), outputs[2].at[b, queries, h, rows_of(part)])
 
-        plgpu.commit_smem()  # all warps have left the mask
-        fetch(jnp.int32(2))
-        plgpu.barrier_wait(arrived.at[1])
+        every = range(parts)
+        a = products(*((k.at[part], transposed(k.at[part])) for part in every)) * pairs[0][...].astype(f32)
+        p = products(*((q.at[part], transposed(k.at[part])) for part in every)) * pairs[1][...].astype(f32)
+        of_cta.leave(jnp.int32(0))
+        (of_rows, _), _ = of_cta.wait(jnp.int32(1))
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
-            write(decayed(k, part, 1), outputs[4].at[b, rows_of(block), h, rows_of(part)])
+            write(decayed(k, part, of_rows), outputs[4].at[b, rows, h, rows_of(part)])
 
-        plgpu.commit_smem()
-        fetch(jnp.int32(3))
-        of_keys, of_queries = pairs.of_one_token()
-        every = range(parts)
-        a = jnp.zeros((ROWS, ROWS), f32)
-        if steps > 1:
-            a = jnp.where(of_keys, products(*((k.at[part], transposed(k.at[part])) for part in every)), 0.0)
-        p = jnp.where(of_queries, products(*((q.at[part], transposed(k.at[part])) for part in every)), 0.0)
+        of_cta.leave(jnp.int32(1))
 
-        def one_level(level, found):
-            slot = jax.lax.rem(level, jnp.int32(2))
-            plgpu.barrier_wait(arrived.at[slot])
+        def one_level(n, found):
+            (of_rows, of_queries), pairs = of_cta.wait(n)
 
-            def accumulate(of_keys, of_queries):
+            def accumulate(of_keys, of_scores):
                 for part in every:
-                    decays = decay(mask.at[slot, 0], gates.at[part]).astype(f16)
+                    decays = decay(of_rows, gates.at[part]).astype(f16)
                     x[...] = k[part] * decays
-                    y[...] = q[part] * decays if steps == 1 else decayed(q, part, slot, 1)
+                    y[...] = q[part] * decays if steps == 1 else q[part] * decay(of_queries, gates.at[part]).astype(f16)
                     plgpu.commit_smem()
                     plgpu.wgmma(of_keys, x, transposed(x))
-                    plgpu.wgmma(of_queries, y, transposed(x))
-                return of_keys[...], of_queries[...]
+                    plgpu.wgmma(of_scores, y, transposed(x))
+                return of_keys[...], of_scores[...]
 
-            a, p = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, ROWS), f32)] * 2)
-            plgpu.commit_smem()
+            sums = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, ROWS), f32)] * 2)
+            found = [total + here * met[...].astype(f32) for total, here, met in zip(found, sums, pairs, strict=True)]
+            of_cta.leave(n)
+            return found
 
-            @pl.when(level + 2 < LEVELS)
-            def _():
-                fetch(TO_MEETING + level + 2)
-
-            return found[0] + jnp.where(pairs.of_rows(level), a, 0.0), found[1] + jnp.where(
-                pairs.of_queries(level), p, 0.0
-            )
-
-        a, p = jax.lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), one_level, (a, p))
-        write(jnp.where(pairs.seen(), p, 0.0), outputs[1].at[b, block, h])
+        a, p = jax.lax.fori_loop(jnp.int32(TO_MEETING), jnp.int32(MASKS), one_level, [a, p])
+        t, j = row_and_column()
+        write(jnp.where(step * ROWS + j < (t + 1) * steps, p, 0.0), outputs[1].at[b, block, h])
         outputs[0][b, block, h] = a
         plgpu.wait_smem_to_gmem(0)
 
@@ -203,7 +187,7 @@ def scores(q, k, g):
     return call(
         body,
         "channel_scores",
-        (q, k, g, of_gates),
+        (q, k, g, jnp.asarray(masks(steps), f16)),
         [
             (of_block, f32),
             (of_block, bf16),
@@ -215,10 +199,9 @@ def scores(q, k, g):
         {"batch": batch, "block": blocks, "head": heads},
         [
             *(square(parts, dtype=f16) for _ in range(3)),
-            square(2, kinds, dtype=f16),
             *(square(dtype=f16) for _ in range(2)),
             square(),
-            plgpu.Barrier(num_barriers=2),
+            *Masks.scratch(steps, f16),
         ],
     )
 
@@ -232,10 +215,10 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
     batch, length, heads, key_dim = g.shape
     blocks, steps = k.shape[1] // ROWS, k.shape[1] // length
     group = heads // k.shape[2]
-    of_gates = jnp.asarray(masks(steps), bf16)
-    kinds = of_gates.shape[2]
 
-    def body(cta, inputs, outputs, q, k, da, dp, gates, mask, work, keys, queries, first, later, arrived):
+    def body(cta, inputs, outputs, *scratch):
+        *arrays, first, later, mask, arrived = scratch
+        q, k, da, dp, gates, _, keys, queries = (x.at[0] for x in arrays)
         b, chunk, h, part = cta
         here = rows_of(part)
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h // group, here], q, first)
@@ -246,86 +229,76 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
             plgpu.copy_gmem_to_smem(inputs[3].at[b, block, h], da, later)
             plgpu.copy_gmem_to_smem(inputs[4].at[b, block, h], dp, later)
 
-        def fetch_mask(n):
-            step, slot = n // MASKS, jax.lax.rem(n, jnp.int32(2))
-            plgpu.copy_gmem_to_smem(inputs[9].at[step, n - step * MASKS], mask.at[slot], arrived.at[slot])
+        fetch(jnp.int32(0))
+        of_cta = Masks(steps, lambda n: inputs[9].at[n], steps * MASKS, mask, arrived)
+        put_parts(gates, LOG2_E * load(inputs[2].at[b, rows_of(chunk), h, here]))
 
-        def decays(mask):
+        def decays(mask, gates):
             return decay(mask, gates.at[0], gates.at[1])
 
-        def to_gates(mask, of_exponents):
-            put_parts(work, of_exponents)
+        def to_gates(mask, of_exponents, ref):
+            ref[...] = of_exponents.astype(bf16)
             plgpu.commit_smem()
-            return products((transposed(mask), work.at[0]), (transposed(mask), work.at[1]))
+            return products((transposed(mask), ref))
 
-        fetch(jnp.int32(0))
-        fetch_mask(jnp.int32(0))
-        fetch_mask(jnp.int32(1))
-        put_parts(gates, LOG2_E * load(inputs[2].at[b, rows_of(chunk), h, here]))
+        def put_parted(pairs, da, dp, work):
+            work[0], work[1] = da[...] * pairs[0][...], dp[...] * pairs[1][...]
+            plgpu.commit_smem()
+
         i, j = row_and_column()
-        keys[...] = jnp.where(j <= i, 1.0, 0.0).astype(bf16)
+        queries[...] = jnp.where(j <= i, 1.0, 0.0).astype(bf16)
         plgpu.commit_smem()
         plgpu.barrier_wait(first)
-        dq = load(inputs[5].at[b, rows_of(chunk), h, here]).astype(f32) * decays(keys)
-        dg = to_gates(keys, dq * q[...].astype(f32))
+        dq = load(inputs[5].at[b, rows_of(chunk), h, here]).astype(f32) * decays(queries, gates)
+        dg = to_gates(queries, dq * q[...].astype(f32), keys)
 
         def one_block(step, sums):
             dq, dg = sums
-            pairs, block = Pairs(steps, step), chunk * steps + step
+            block, begin = chunk * steps + step, step * MASKS
             plgpu.barrier_wait(later)
-
-            def leave(n):
-                plgpu.commit_smem()  # all warps have left the mask
-
-                @pl.when(n + 2 < steps * MASKS)
-                def _():
-                    fetch_mask(n + 2)
-
-            dk = jnp.zeros((ROWS, ROWS), f32)
+            q, k, da, dp, gates, work, keys, _ = (x.at[unknown_zero(step)] for x in arrays)
+            (of_rows, _), pairs = of_cta.wait(begin)
+            put_parted(pairs, da, dp, work)
+            dk = products((work.at[0], k), (transposed(work.at[1]), q))
+            dq += products((work.at[1], k))
             for kind in range(TO_MEETING):
-                plgpu.barrier_wait(arrived.at[kind])
-                dpart = load(inputs[6 + kind].at[b, rows_of(block), h, here]).astype(f32) * decays(mask.at[kind, 0])
+                if kind:
+                    (of_rows, _), _ = of_cta.wait(begin + kind)
+                dpart = load(inputs[6 + kind].at[b, rows_of(block), h, here]).astype(f32) * decays(of_rows, gates)
                 dk += dpart
                 of_exponents = dpart * k[...].astype(f32)
                 if kind == 0:  # the last row's exponent is the total's
                     dlog_total = load(inputs[8].at[b, block, h, here])
                     of_total = jax.lax.broadcast_in_dim(dlog_total, (ROWS, ROWS), (1,))
                     of_exponents += jnp.where(next(row_and_column()) == ROWS - 1, of_total, 0.0)
-                dg += to_gates(mask.at[kind, 0], of_exponents)
-                leave(step * MASKS + kind)
+                dg += to_gates(of_rows, of_exponents, keys)
+                of_cta.leave(begin + kind)
 
-            def put_parted(of_rows, of_queries):
-                work[0] = jnp.where(of_rows, da[...], 0.0).astype(bf16)
-                work[1] = jnp.where(of_queries, dp[...], 0.0).astype(bf16)
-                plgpu.commit_smem()
-
-            put_parted(*pairs.of_one_token())
-            dk += products((work.at[0], k), (transposed(work.at[1]), q))
-            dq += products((work.at[1], k))
-
-            def one_level(level, sums):
+            def one_level(n, sums):
                 dq, dk, dg = sums
-                slot = jax.lax.rem(level, jnp.int32(2))
-                plgpu.barrier_wait(arrived.at[slot])
-                of_keys = decays(mask.at[slot, 0])
-                of_queries = of_keys if steps == 1 else decays(mask.at[slot, 1])
-                keys[...] = (of_keys * k[...].astype(f32)).astype(bf16)
-                queries[...] = (of_queries * q[...].astype(f32)).astype(bf16)
-                put_parted(pairs.of_rows(level), pairs.of_queries(level))
-                dqueries = of_queries * products((work.at[1], keys))
-                dkeys = of_keys * products((work.at[0], keys), (transposed(work.at[1]), queries))
-                dq += dqueries
-                dk += dkeys
-                of_exponents, of_query_exponents = dkeys * k[...].astype(f32), dqueries * q[...].astype(f32)
+                q, k, da, dp, gates, work, keys, queries = (x.at[unknown_zero(n)] for x in arrays)
+                (of_rows, of_queries), pairs = of_cta.wait(n)
+                put_parted(pairs, da, dp, work)
+                decays_of_rows = decays(of_rows, gates)
+                keys[...] = k[...] * decays_of_rows.astype(bf16)
+                decays_of_queries = decays_of_rows if steps == 1 else decays(of_queries, gates)
+                queries[...] = q[...] * decays_of_queries.astype(bf16)
+                plgpu.commit_smem()
+                dqueries = products((work.at[1], keys))
+                dq += decays_of_queries * dqueries
+                of_query_exponents = dqueries.astype(bf16) * queries[...]
+                dkeys = products((work.at[0], keys), (transposed(work.at[1]), queries))
+                dk += decays_of_rows * dkeys
+                of_exponents = dkeys.astype(bf16) * keys[...]
                 if steps == 1:
-                    dg += to_gates(mask.at[slot, 0], of_exponents + of_query_exponents)
+                    dg += to_gates(of_rows, of_exponents + of_query_exponents, keys)
                 else:
-                    dg += to_gates(mask.at[slot, 0], of_exponents)
-                    dg += to_gates(mask.at[slot, 1], of_query_exponents)
-                leave(step * MASKS + TO_MEETING + level)
+                    dg += to_gates(of_rows, of_exponents, keys)
+                    dg += to_gates(of_queries, of_query_exponents, keys)
+                of_cta.leave(n)
                 return dq, dk, dg
 
-            dq, dk, dg = jax.lax.fori_loop(jnp.int32(0), jnp.int32(LEVELS), one_level, (dq, dk, dg))
+            dq, dk, dg = jax.lax.fori_loop(begin + TO_MEETING, begin + MASKS, one_level, (dq, dk, dg))
 
             @pl.when(step + 1 < steps)
             def _():
@@ -343,17 +316,15 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
     return call(
         body,
         "channel_scores_backward",
-        (q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals, of_gates),
+        (q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals, jnp.asarray(masks(steps), bf16)),
         [(g.shape, bf16), ((batch, blocks * ROWS, heads, key_dim), bf16), (g.shape, f32)],
         {"batch": batch, "chunk": length // ROWS, "head": heads, "part": key_dim // ROWS},
         [
-            *(square() for _ in range(4)),
-            square(2),
-            square(2, kinds),
-            square(2),
-            *(square() for _ in range(2)),
+            *(square(1) for _ in range(4)),
+            *(square(1, 2) for _ in range(2)),
+            *(square(1) for _ in range(2)),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_barriers=2),
+            *Masks.scratch(steps, bf16),
         ],
     )
