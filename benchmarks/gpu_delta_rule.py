@@ -49,9 +49,10 @@ SHAPES = (
     (1, 32768, 16, 128),
 )  # B, T, H, K = V
 TINY = ((1, 70, 1, 64),)
-TASKS = {"gated delta rule": (1, True), "delta product 4": (4, False), "delta rule": (1, False)} | {
-    f"delta product {r}": (r, False) for r in (2, 3)
-}
+TASKS = {  # R, gate
+    "gated delta rule": (1, "scalar"), "delta product 4": (4, "none"), "delta rule": (1, "none"), "delta product 2": (2, "none"),
+    "delta product 3": (3, "none"), "kimi delta attention": (1, "channel"),
+}  # fmt: skip
 PASSES = ("forward", "forward+backward")
 OURS, PEER, CHUNKED = "pallas_gpu", "fla-core", "chunked"
 PATIENCE = {PEER: 3.0}  # of a library, in units of --patience
@@ -80,13 +81,13 @@ def cells(shapes, tasks) -> Iterator[tuple]:
     yield from ((shape, task) for task in rest for shape in shapes)
 
 
-def work(what: str, shape, steps: int, gated: bool) -> tuple[float, float]:
+def work(what: str, shape, steps: int, gate: str) -> tuple[float, float]:
     """(TFLOP, GB) of one call: the products that blocks of 64 rows need, with nothing recomputed; arguments and results once."""
     batch, length, heads, dim = shape
     square, narrow = dim * dim, 64 * dim
     rows = steps * (2 * square + 2 * narrow)  # K S, K^T V'; K K^T, (I + A)^-1 times its right-hand side
     outputs = square + 2 * steps * narrow  # Q S; Q K^T, P V'
-    arguments = 2 * (dim + steps * (2 * dim + 1)) + 4 * gated
+    arguments = 2 * (dim + steps * (2 * dim + 1)) + 4 * {"none": 0, "scalar": 1, "channel": dim}[gate]
     products, moved = rows + outputs, arguments + 2 * dim
     if what != "forward":  # two products for each; do is read, the arguments again, their cotangents written
         products, moved = 3 * products, moved + 2 * dim + 2 * arguments
@@ -247,8 +248,8 @@ def _main(cleanup: contextlib.ExitStack):
         shape, task = planned[number]
         folder = scratch / str(number)
         folder.mkdir()
-        steps, gated = TASKS[task]
-        job = {"do": "draw", "shape": shape, "steps": steps, "gated": gated, "sets": _SETS.value}
+        steps, gate = TASKS[task]
+        job = {"do": "draw", "shape": shape, "steps": steps, "gate": gate, "sets": _SETS.value}
         oracle.send({**job, "folder": str(folder), "seed": number})
         return str(folder)
 

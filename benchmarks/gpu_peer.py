@@ -11,6 +11,7 @@ import torch
 from fla.ops.delta_rule import chunk_delta_rule
 from fla.ops.gated_delta_product import chunk_gated_delta_product
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+from fla.ops.kda import chunk_kda
 
 from benchmarks import worker
 
@@ -29,7 +30,9 @@ def call(q, k, v, beta, g=None):
     k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
     if steps > 1:
         return chunk_gated_delta_product(q, k, v, g, beta, num_householder=steps)[0]
-    return chunk_delta_rule(q, k, v, beta)[0] if g is None else chunk_gated_delta_rule(q, k, v, g, beta)[0]
+    if g is None:
+        return chunk_delta_rule(q, k, v, beta)[0]
+    return (chunk_kda if g.ndim == q.ndim else chunk_gated_delta_rule)(q, k, v, g, beta)[0]
 
 
 def inputs(path: Path) -> dict[str, torch.Tensor]:
@@ -72,7 +75,8 @@ def measure(library: str, what: str, folder: str, index: int, calls: int) -> dic
     with np.load(Path(folder, f"expected_{index}.npz")) as file:
         for name, x in zip(["o", *arguments], results, strict=False):
             x = x[:1].detach()
-            x = (x[..., [0, -1]] if name in ("beta", "g") else x[..., [0, -1], :]).double().cpu().numpy()
+            per_head = name == "beta" or (name == "g" and x.ndim == 3)
+            x = (x[..., [0, -1]] if per_head else x[..., [0, -1], :]).double().cpu().numpy()
             exact = file[name]
             errors[name] = float(np.sqrt(np.sum((x.reshape(exact.shape) - exact) ** 2) / np.sum(exact**2)))
     del results

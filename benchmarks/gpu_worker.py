@@ -46,7 +46,7 @@ def hello() -> dict:
     }
 
 
-def draw(shape, steps: int, gated: bool, sets: int, folder: str, seed: int) -> dict:
+def draw(shape, steps: int, gate: str, sets: int, folder: str, seed: int) -> dict:
     """Arguments and "do" to inputs_<set>.npz: unit queries and keys, beta in (0, 1), gates of all strengths; of their first and
     last head in float64 outputs and gradients, to expected_<set>.npz.
     """
@@ -60,8 +60,9 @@ def draw(shape, steps: int, gated: bool, sets: int, folder: str, seed: int) -> d
 
         arguments = {"q": normal(0, unit=True), "k": normal(1, steps, unit=True), "v": normal(2, steps)}
         arguments["beta"] = jax.random.uniform(keys[3], (batch, length, steps, heads)).astype(jnp.bfloat16)
-        if gated:
-            arguments["g"] = -jnp.exp(2 * jax.random.normal(keys[4], (batch, length, heads)) - 3)
+        if gate != "none":
+            channels = (dim,) if gate == "channel" else ()
+            arguments["g"] = -jnp.exp(2 * jax.random.normal(keys[4], (batch, length, heads, *channels)) - 3)
         arguments["do"] = normal(5)
         host = {name: np.asarray(x) for name, x in arguments.items()}
         bits: dict[str, Any] = {name: x if x.dtype == np.float32 else x.view(np.int16) for name, x in host.items()}
@@ -124,7 +125,8 @@ def function(what: str, implementation: str):
 def ends(name: str, x):
     """The first and the last head of the first sequence; heads do not know of each other."""
     x = x[:1]
-    return x[..., np.array([0, -1])] if name in ("beta", "g") else x[..., np.array([0, -1]), :]
+    per_head = name == "beta" or (name == "g" and x.ndim == 3)
+    return x[..., np.array([0, -1])] if per_head else x[..., np.array([0, -1]), :]
 
 
 def relative_rms(actual, expected) -> float:

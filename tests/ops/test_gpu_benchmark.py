@@ -46,7 +46,7 @@ def test_a_job_that_goes_wrong_costs_one_answer(tmp_path):
 
 def test_what_tells_most_comes_first():
     cells = list(gpu_delta_rule.cells(gpu_delta_rule.SHAPES, list(gpu_delta_rule.TASKS)))
-    assert len(set(cells)) == len(cells) == 25
+    assert len(set(cells)) == len(cells) == 30
     assert {task for shape, task in cells[:3]} == {"delta rule", "gated delta rule", "delta product 4"}
     assert {shape for shape, task in cells[:3]} == {(1, 8192, 16, 128)}
 
