@@ -25,7 +25,7 @@ from jax._src import config
 
 from pallas_kernels import gpu_backward, gpu_channel
 from pallas_kernels.gpu_blocks import inverses_and_scores
-from pallas_kernels.gpu_common import ROWS, per_key_head
+from pallas_kernels.gpu_common import ROWS, gradient_of_beta, per_key_head
 from pallas_kernels.gpu_scan import scan
 
 SIZES = (64, 128, 256)  # of K and V; others are padded with zeros
@@ -141,17 +141,18 @@ def _check_device():
 def _operands(beta, gates, steps):
     """(rows, weights, tokens) of the kernels, from beta [B, S, HV, 64] and gates: of tokens [B, C, HV, 64], of rows as beta.
 
-    Every decay is the exponential of a sum of gates.
+    Every decay is the exponential of a sum of gates. The rows bring back all of beta's gradient (`gradient_of_beta`).
     """
+    fixed = jax.lax.stop_gradient(beta)
     if gates is None:
         one = jnp.ones_like(beta)
-        return beta[..., None, :], jnp.stack([beta, -beta, one, one], axis=-2), one[:, ::steps, :, None]
+        return beta[..., None, :], jnp.stack([fixed, -fixed, one, one], axis=-2), one[:, ::steps, :, None]
     of_tokens, of_rows = gates
     later = jnp.pad(of_rows[..., 1:], [(0, 0)] * 3 + [(0, 1)])
     to_end = jnp.exp(jnp.cumsum(later[..., ::-1], axis=-1)[..., ::-1])
     from_start = jnp.exp(jnp.cumsum(of_rows, axis=-1))
     total = jnp.broadcast_to(from_start[..., -1:], from_start.shape)
-    weights = jnp.stack([beta, -beta * from_start, to_end, total], axis=-2)
+    weights = jnp.stack([fixed, -fixed * from_start, to_end, total], axis=-2)
     tokens = jnp.stack([jnp.exp(jnp.cumsum(of_tokens, axis=-1)), of_tokens], axis=-2)
     return jnp.stack([beta, of_rows], axis=-2), weights, tokens
 
@@ -184,12 +185,15 @@ def _run_backward(scale, blocks, residuals, cotangents):
     reverse_weights = jnp.stack([jnp.ones_like(w_in), w_out, weights[..., 1, :], total], axis=-2)
     out = scan(k, dv_new, inverses, reverse_weights, dlast, **blocks.of_scan(), extra=dstarts)
     dk_rows, dv, of_rows = gpu_backward.rows_backward(k, v, v_new, out["y"], states, out["states"], rows, weights)
-    drows, dweights, dtokens = of_rows[..., 4:5, :], of_rows[..., :4, :], dfrom_start[..., None, :]
+    from_start = jnp.exp(jnp.cumsum(rows[..., 1, :], axis=-1)) if rows.shape[-2] > 1 else 1.0
+    direct = of_rows[..., 0, :] - from_start * of_rows[..., 1, :] + of_rows[..., 4, :]
+    dbeta = gradient_of_beta(rows[..., 0, :], of_rows[..., 7, :], direct)
+    drows, dweights, dtokens = dbeta[..., None, :], of_rows[..., :4, :], dfrom_start[..., None, :]
     if rows.shape[-2] > 1:
         over_tokens = over_tokens.swapaxes(2, 3).reshape(*tokens.shape[:2], ROWS, -1, tokens.shape[2]).sum(3)
         of_gates = _gates_met(over_rows, over_tokens.swapaxes(2, 3))
         dtokens = jnp.stack([dfrom_start, of_gates], axis=-2)
-        drows = jnp.stack([of_rows[..., 4, :], _gates_met(of_rows[..., 5, :], of_rows[..., 6, :])], axis=-2)
+        drows = jnp.stack([dbeta, _gates_met(of_rows[..., 5, :], of_rows[..., 6, :])], axis=-2)
     dq, dk = per_key_head(q, dq), per_key_head(k, dk, dk_rows)
     return dq, dk, dv, (drows, dweights, dtokens), out["last"]
 

@@ -169,8 +169,9 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
     y = dsolved, the cotangent of w_in x + w_state (K S), and states = dstates (after each block). rows as `inverses` takes them,
     weights those of the scan forwards.
 
-    Returns dk [B, T R, HV, K] and dv [B, T R, HV, V] in bfloat16, and [B, S, HV, 7, 64] in float32: the cotangents of w_in,
-    w_state, w_out, total (to be summed) and of beta in A, and dA * A summed over columns and over rows.
+    Returns dk [B, T R, HV, K] and dv [B, T R, HV, V] in bfloat16, and [B, S, HV, 8, 64] in float32: the cotangents of w_in,
+    w_state, w_out, total (to be summed) and of beta in A, dA * A summed over columns and over
+    rows, and dsolved * v_new summed over V.
     """
     batch, blocks, heads, kinds, _ = rows.shape
     key_dim, value_dim = states.shape[3:]
@@ -204,11 +205,14 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         parts[0] = (beta * da).astype(bf16)
         write = writer(mask, parts.at[1])
         of_inputs: Any = 0.0
+        of_log_beta: Any = 0.0
         for part in range(value_dim // ROWS):
             here = rows_of(part)
             dx = dsolved[:, here].astype(f32)
             of_inputs += jnp.sum(dx * v[:, here].astype(f32), axis=1)
+            of_log_beta += jnp.sum(dx * v_new[:, here].astype(f32), axis=1)
             write(along_rows(weights[0]) * dx, outputs[1].at[b, rows_of(block), h, here])
+        outputs[2][b, block, h, 7] = of_log_beta
         plgpu.commit_smem()  # all warps have left v
         fetch(0)
         write = writer(mask)
@@ -245,7 +249,7 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         [
             ((batch, blocks * ROWS, heads, key_dim), bf16),
             ((batch, blocks * ROWS, heads, value_dim), bf16),
-            ((batch, blocks, heads, 7, ROWS), f32),
+            ((batch, blocks, heads, 8, ROWS), f32),
         ],
         {"batch": batch, "block": blocks, "head": heads},
         [

@@ -24,6 +24,7 @@ from pallas_kernels.gpu_common import (
     bf16,
     call,
     f32,
+    gradient_of_beta,
     load,
     per_key_head,
     products,
@@ -189,6 +190,7 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
         beta = along_rows(load(inputs[7].at[b, block, h]))
         da = jnp.where(i > j, -products((dsolved, transposed(v_new))), 0.0)
         dbeta = jnp.sum(da * load(inputs[6].at[b, block, h]), axis=1)
+        dlog_beta = jnp.zeros(ROWS, f32)
         of_columns = jax.lax.broadcast_in_dim(load(inputs[7].at[b, block, h]), (ROWS, ROWS), (1,))
         other = jnp.where(i < j, -of_columns * products((v_new, transposed(dsolved))), 0.0)
         write(beta * da + other, outputs[3].at[b, block, h])
@@ -196,6 +198,7 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
             here = rows_of(part)
             dx = dsolved[:, here].astype(f32)
             dbeta += jnp.sum(dx * v[:, here].astype(f32), axis=1)
+            dlog_beta += jnp.sum(dx * v_new[:, here].astype(f32), axis=1)
             write(beta * dx, outputs[2].at[b, rows_of(block), h, here])
         plgpu.commit_smem()  # all warps have left v
         fetch(0)
@@ -219,7 +222,7 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
             return dbeta
 
         dbeta = jax.lax.fori_loop(jnp.int32(0), jnp.int32(key_dim // ROWS), one_part, dbeta)
-        outputs[4][b, block, h] = dbeta
+        outputs[4][b, block, h] = gradient_of_beta(load(inputs[7].at[b, block, h]), dlog_beta, dbeta)
         plgpu.wait_smem_to_gmem(0)
 
     return call(

@@ -160,3 +160,12 @@ def per_key_head(like, *cotangents):
     """The sum of arrays and over the value heads of each key head."""
     shape = (*like.shape[:3], -1, like.shape[3])
     return sum(x.astype(f32).reshape(shape).sum(3) for x in cotangents).astype(like.dtype)
+
+
+def gradient_of_beta(beta, dlog_beta, direct):
+    """From V' = beta U: dbeta is dV' . V' / beta, where `direct`, dV' . U, is a difference of large numbers if keys are alike.
+
+    dV' is the cotangent of the right-hand side of (I + A) V' = ..; where beta is 0 only the latter says something.
+    """
+    zero = beta == 0
+    return jnp.where(zero, direct, dlog_beta / jnp.where(zero, 1.0, beta))
