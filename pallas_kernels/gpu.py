@@ -184,7 +184,9 @@ def _run_backward(scale, blocks, residuals, cotangents):
     w_in, _, w_out, total = jnp.moveaxis(weights, -2, 0)
     reverse_weights = jnp.stack([jnp.ones_like(w_in), w_out, weights[..., 1, :], total], axis=-2)
     out = scan(k, dv_new, inverses, reverse_weights, dlast, **blocks.of_scan(), extra=dstarts)
-    dk_rows, dv, of_rows = gpu_backward.rows_backward(k, v, v_new, out["y"], states, out["states"], rows, weights)
+    dk_rows, dv, of_rows = gpu_backward.rows_backward(
+        k, v, v_new, out["y"], states, out["states"], rows, weights, rows.shape[1] // tokens.shape[1]
+    )
     from_start = jnp.exp(jnp.cumsum(rows[..., 1, :], axis=-1)) if rows.shape[-2] > 1 else 1.0
     direct = of_rows[..., 0, :] - from_start * of_rows[..., 1, :] + of_rows[..., 4, :]
     dbeta = gradient_of_beta(rows[..., 0, :], of_rows[..., 7, :], direct)

@@ -75,6 +75,8 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
             dp = products((do, transposed(v)))
             dscores[...] = (decayed * dp).astype(bf16)
             of_gates = dp * p[...].astype(f32)  # from there, as registers are scarce
+            if kinds > 1:  # no gate stands between a query and its token's rows
+                of_gates = jnp.where(ROWS * r + j < t * steps, of_gates, 0.0)
             over_rows += jnp.sum(of_gates, axis=1)
             outputs[6][b, block, h] = jnp.sum(of_gates, axis=0)
             plgpu.commit_smem()
@@ -162,7 +164,7 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
     )
 
 
-def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
+def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights, steps):
     """The rest of the cotangents of a block, from the two scans.
 
     With `scan`'s own names: k, x = v, y = v_new and states (before each block) of the scan forwards; of the scan in reverse
@@ -171,7 +173,7 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
 
     Returns dk [B, T R, HV, K] and dv [B, T R, HV, V] in bfloat16, and [B, S, HV, 8, 64] in float32: the cotangents of w_in,
     w_state, w_out, total (to be summed) and of beta in A, dA * A summed over columns and over
-    rows, and dsolved * v_new summed over V.
+    rows (pairs of a token's rows left out), and dsolved * v_new summed over V.
     """
     batch, blocks, heads, kinds, _ = rows.shape
     key_dim, value_dim = states.shape[3:]
@@ -200,6 +202,9 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights):
         outputs[2][b, block, h, 4] = jnp.sum(of_beta, axis=1)
         beta = along_rows(rows[0])
         of_gates = beta * of_beta
+        if kinds > 1 and steps > 1:  # no gate stands between the rows of a token
+            before = jax.lax.rem(block * ROWS, jnp.int32(steps))
+            of_gates = jnp.where((before + i) // steps > (before + j) // steps, of_gates, 0.0)
         outputs[2][b, block, h, 5] = jnp.sum(of_gates, axis=1)
         outputs[2][b, block, h, 6] = jnp.sum(of_gates, axis=0)
         parts[0] = (beta * da).astype(bf16)

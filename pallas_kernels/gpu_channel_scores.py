@@ -256,8 +256,8 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
             dq, dg = sums
             block, begin = chunk * steps + step, step * MASKS
             plgpu.barrier_wait(later)
-            q, k, da, dp, gates, work, keys, _ = (x.at[unknown_zero(step)] for x in arrays)
-            (of_rows, _), pairs = of_cta.wait(begin)
+            q, k, da, dp, gates, work, keys, queries = (x.at[unknown_zero(step)] for x in arrays)
+            (of_rows, _), pairs = of_cta.wait(begin)  # and of queries: those before the loop
             put_parted(pairs, da, dp, work)
             dk = products((work.at[0], k), (transposed(work.at[1]), q))
             dq += products((work.at[1], k))

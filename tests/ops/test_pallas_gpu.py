@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import gpu_machine_code, worker
 from deltajax.ops import delta_product
-from pallas_kernels import gpu
+from pallas_kernels import gpu, gpu_channel_scores
 
 ROOT = Path(worker.__file__).parents[1]
 
@@ -28,10 +28,13 @@ def interpreter():
     process = worker.Worker(
         sys.executable, "interpret_gpu", {"JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": paths}
     )
-    yield lambda blocks=None, segment=None, scale=None, **case: process.ask(
-        {"blocks": blocks, "segment": segment, "scale": scale, **case}, 900
-    )
+    yield process
     process.stop()
+
+
+def compare(interpreter, blocks=None, segment=None, scale=None, gates=None, gradients=2e-2, **case):
+    settings = {"blocks": blocks, "segment": segment, "scale": scale, "gates": gates, "gradients": gradients}
+    interpreter.ask(settings | case, 900)
 
 
 def case(b, t, r, h, hv, key_dim, value_dim, gate, beta=None, cosine=0.0):
@@ -46,19 +49,60 @@ def case(b, t, r, h, hv, key_dim, value_dim, gate, beta=None, cosine=0.0):
         (case(1, 40, 3, 2, 4, 40, 24, "scalar"), 7),
         (case(1, 330, 1, 1, 1, 64, 128, "strong", 2.0, 0.95), None),
         (case(1, 30, 4, 1, 1, 128, 128, None, 2.0, 0.5), None),
-        (case(1, 40, 2, 1, 2, 80, 24, "channel", 2.0, 0.5), 7),
-        (case(1, 70, 2, 1, 1, 200, 24, "channel"), None),
+        (case(1, 70, 1, 1, 1, 64, 64, "scalar", 0.0), None),
+        (case(1, 40, 3, 1, 2, 80, 24, "channel", 2.0, 0.5), 7),
+        (case(1, 70, 1, 1, 1, 200, 24, "channel"), None),
     ],
 )
 def test_against_the_reference(interpreter, case, segment):
-    interpreter(**case, segment=segment, scale=0.3 if segment else None)
+    compare(interpreter, **case, segment=segment, scale=0.3 if segment else None)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_all_gates_nearly_closed(interpreter, gate):
+    """Their gradients of 1e-13 come of nothing larger that cancels; float16 would make nothing of exp(-30)."""
+    compare(interpreter, **case(1, 70, 2, 1, 1, 64, 64, gate, 2.0, 0.95), gates=-30.0)
+
+
+def test_gradients_of_like_keys(interpreter):
+    """A difference of large numbers in that of beta erred by 1.3e-2."""
+    compare(interpreter, **case(1, 200, 2, 1, 1, 64, 64, None, 2.0, 0.95), gradients=1e-2)
+
+
+def test_inverses_of_like_keys(interpreter):
+    """With beta = 2 nothing in the state decays, so their errors stay; after one Newton step they are 2e-3."""
+    assert interpreter.ask({"cosine": 0.95, "beta": 2.0}, 900)["off_by"] < 5e-4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_masks_of_channel_gates(steps):
+    """Every pair of tokens is parted at one level, and what is masked there sums up to the gates between them."""
+    n = gpu_channel_scores.ROWS
+    masks = gpu_channel_scores.masks(steps).reshape(steps, gpu_channel_scores.MASKS, 2, -1, n, n).astype(float)
+    g = -np.random.default_rng(0).exponential(size=n)
+    until = np.cumsum(g)
+    for step, of_step in enumerate(masks):
+        tokens = (step * n + np.arange(n)) // steps
+        before = tokens[0] if step * n % steps else tokens[0] - 1  # the last token that began in an earlier block
+        start = until[tokens] - (until[before] if before >= 0 else 0.0)
+        np.testing.assert_allclose(of_step[0, 0, 0] @ g, start, atol=1e-12)
+        np.testing.assert_allclose(of_step[0, 0, -1] @ g, until)
+        np.testing.assert_allclose(of_step[1, 0, 0] @ g, until[tokens[-1]] - until[tokens], atol=1e-12)
+        for kind, down in ((0, tokens), (-1, np.arange(n))):
+            pairs = of_step[:, 1, kind]
+            np.testing.assert_array_equal(pairs[0], down[:, None] == tokens)
+            np.testing.assert_array_equal(pairs.sum(0), 1.0)
+            for level in of_step[gpu_channel_scores.TO_MEETING :]:
+                later = level[1, kind] * (down[:, None] > tokens)
+                found = (level[0, kind] @ g)[:, None] + level[0, 0] @ g
+                np.testing.assert_allclose(later * found, later * (until[down][:, None] - until[tokens]), atol=1e-12)
 
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_all_blocks_that_may_be_asked_for(interpreter, wide):
     """The widest columns and most stages, which `for_shape` chooses for more heads than the interpreter has time for."""
     blocks = gpu.Blocks(columns=64, stages=4, late_stages=1, places=2) if wide else gpu.Blocks(16, 2, 2, places=1)
-    interpreter(**case(1, 100, 4, 1, 1, 64, 64, "scalar"), blocks=dataclasses.asdict(blocks))
+    compare(interpreter, **case(1, 100, 4, 1, 1, 64, 64, "scalar"), blocks=dataclasses.asdict(blocks))
 
 
 def shapes(length, steps, heads, value_heads, key_dim, value_dim, gate, dtype="bfloat16"):
@@ -95,7 +139,7 @@ def lower(arguments, vmapped=False, implementation="pallas_gpu", device=gpu_mach
 )
 def test_lowers_for_an_h100(arguments, vmapped):
     channels = len(arguments) == 5 and arguments[4].ndim == 4
-    gated = {"channel_inverses", "channel_outputs_backward", "channel_rows_backward"}
+    gated = {f"channel_{x}" for x in ("scores", "inverses", "outputs_backward", "rows_backward", "scores_backward")}
     plain = {"inverses_and_scores", "outputs_backward", "rows_backward"}
     expected = {"scan", "backward_scan"} | (gated if channels else plain)
     found = set(re.findall(r"delta_product_(\w+)", lower(arguments, vmapped)))
