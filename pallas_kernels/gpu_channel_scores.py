@@ -218,7 +218,7 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
 
     def body(cta, inputs, outputs, *scratch):
         *arrays, first, later, mask, arrived = scratch
-        q, k, da, dp, gates, _, keys, queries = (x.at[0] for x in arrays)
+        q, k, da, dp, gates, keys, queries, *_ = (x.at[0] for x in arrays)
         b, chunk, h, part = cta
         here = rows_of(part)
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h // group, here], q, first)
@@ -256,27 +256,26 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
             dq, dg = sums
             block, begin = chunk * steps + step, step * MASKS
             plgpu.barrier_wait(later)
-            q, k, da, dp, gates, work, keys, queries = (x.at[unknown_zero(step)] for x in arrays)
-            (of_rows, _), pairs = of_cta.wait(begin)  # and of queries: those before the loop
-            put_parted(pairs, da, dp, work)
-            dk = products((work.at[0], k), (transposed(work.at[1]), q))
-            dq += products((work.at[1], k))
+            q, k, da, dp, gates, keys, queries, work = (x.at[unknown_zero(step)] for x in arrays)
             for kind in range(TO_MEETING):
-                if kind:
-                    (of_rows, _), _ = of_cta.wait(begin + kind)
-                dpart = load(inputs[6 + kind].at[b, rows_of(block), h, here]).astype(f32) * decays(of_rows, gates)
+                sums_of, pairs = of_cta.wait(begin + kind)
+                if kind == 0:
+                    put_parted(pairs, da, dp, work)
+                    dk = products((work.at[0], k), (transposed(work.at[1]), q))
+                    dq += products((work.at[1], k))
+                dpart = load(inputs[6 + kind].at[b, rows_of(block), h, here]).astype(f32) * decays(sums_of[0], gates)
                 dk += dpart
                 of_exponents = dpart * k[...].astype(f32)
                 if kind == 0:  # the last row's exponent is the total's
                     dlog_total = load(inputs[8].at[b, block, h, here])
                     of_total = jax.lax.broadcast_in_dim(dlog_total, (ROWS, ROWS), (1,))
                     of_exponents += jnp.where(next(row_and_column()) == ROWS - 1, of_total, 0.0)
-                dg += to_gates(of_rows, of_exponents, keys)
+                dg += to_gates(sums_of[0], of_exponents, keys)
                 of_cta.leave(begin + kind)
 
             def one_level(n, sums):
                 dq, dk, dg = sums
-                q, k, da, dp, gates, work, keys, queries = (x.at[unknown_zero(n)] for x in arrays)
+                q, k, da, dp, gates, keys, queries, work = (x.at[unknown_zero(n)] for x in arrays)
                 (of_rows, of_queries), pairs = of_cta.wait(n)
                 put_parted(pairs, da, dp, work)
                 decays_of_rows = decays(of_rows, gates)
@@ -321,8 +320,9 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
         {"batch": batch, "chunk": length // ROWS, "head": heads, "part": key_dim // ROWS},
         [
             *(square(1) for _ in range(4)),
-            *(square(1, 2) for _ in range(2)),
+            square(1, 2),
             *(square(1) for _ in range(2)),
+            square(1, 2),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=3),
             *Masks.scratch(steps, bf16),
