@@ -9,6 +9,8 @@ then those of all pairs of blocks, and the rest is masked. Rows of one token do 
 Shapes and names are those of `gpu_common` and `gpu_channel`; H key heads for q and k, HV heads for what gates have touched.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,8 @@ from pallas_kernels.gpu_common import (
 )
 
 f16 = jnp.float16  # 11 bits, of what is decayed and the gates, not of cotangents, which may have any size
+TINY = 2.0**-126  # the least whose inverse float32 has, too
+EXPONENT, INVERSE = 0x7F800000, 254 << 23  # of a power of two: its bits, and what minus these is those of its inverse
 LEVELS = 6  # of 64 tokens
 TO_MEETING = 2  # the first of the levels' masks
 MASKS = TO_MEETING + LEVELS
@@ -117,17 +121,29 @@ def scores(q, k, g):
     def body(cta, inputs, outputs, q, k, gates, x, y, stage, mask, arrived):
         b, block, h = cta
         chunk, step = block // steps, jax.lax.rem(block, jnp.int32(steps))
-        queries, rows, write = rows_of(chunk), rows_of(block), writer(stage)
+        queries, rows, write, every = rows_of(chunk), rows_of(block), writer(stage), range(parts)
         of_cta = Masks(steps, lambda n: inputs[3].at[step * MASKS + n], MASKS, mask, arrived)
 
-        def decayed(ref, part, mask):
-            return ref[part].astype(f32) * decay(mask, gates.at[part])  # float16 would make nothing of exp(-20)
+        def put_scaled(ref, source, rows):
+            """As float16, divided by the power of two that brings the largest entry between 1 and 2, which comes back."""
+            found = [load(source.at[b, rows, h // group, rows_of(part)]).astype(f32) for part in every]
+            largest = jnp.max(jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, found)), axis=1))
+            bits = (
+                jax.lax.bitcast_convert_type(jnp.full((ROWS, ROWS), jnp.maximum(largest, TINY)), jnp.int32) & EXPONENT
+            )
+            inverse = jax.lax.bitcast_convert_type(INVERSE - bits, f32)
+            for part in every:
+                ref[part] = (found[part] * inverse).astype(f16)
+            return jax.lax.bitcast_convert_type(bits, f32)
+
+        def decayed(ref, part, mask, unit):  # float16 would make nothing of exp(-20)
+            return ref[part].astype(f32) * (unit * decay(mask, gates.at[part]))
+
+        of_q, of_k = put_scaled(q, inputs[0], queries), put_scaled(k, inputs[1], rows)
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
             here = rows_of(part)
-            q[part] = load(inputs[0].at[b, queries, h // group, here]).astype(f16)
-            k[part] = load(inputs[1].at[b, rows, h // group, here]).astype(f16)
             g = load(inputs[2].at[b, queries, h, here])
             gates[part] = (LOG2_E * g).astype(f16)
             if steps > 1:
@@ -140,13 +156,12 @@ def scores(q, k, g):
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
-            write(decayed(k, part, of_rows), outputs[3].at[b, rows, h, rows_of(part)])
+            write(decayed(k, part, of_rows, of_k), outputs[3].at[b, rows, h, rows_of(part)])
 
             @pl.when(step == 0)
             def _():
-                write(decayed(q, part, of_queries), outputs[2].at[b, queries, h, rows_of(part)])
+                write(decayed(q, part, of_queries, of_q), outputs[2].at[b, queries, h, rows_of(part)])
 
-        every = range(parts)
         a = products(*((k.at[part], transposed(k.at[part])) for part in every)) * pairs[0][...].astype(f32)
         p = products(*((q.at[part], transposed(k.at[part])) for part in every)) * pairs[1][...].astype(f32)
         of_cta.leave(jnp.int32(0))
@@ -154,7 +169,7 @@ def scores(q, k, g):
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
-            write(decayed(k, part, of_rows), outputs[4].at[b, rows, h, rows_of(part)])
+            write(decayed(k, part, of_rows, of_k), outputs[4].at[b, rows, h, rows_of(part)])
 
         of_cta.leave(jnp.int32(1))
 
@@ -178,8 +193,8 @@ def scores(q, k, g):
 
         a, p = jax.lax.fori_loop(jnp.int32(TO_MEETING), jnp.int32(MASKS), one_level, [a, p])
         t, j = row_and_column()
-        write(jnp.where(step * ROWS + j < (t + 1) * steps, p, 0.0), outputs[1].at[b, block, h])
-        outputs[0][b, block, h] = a
+        write(jnp.where(step * ROWS + j < (t + 1) * steps, of_q * of_k * p, 0.0), outputs[1].at[b, block, h])
+        outputs[0][b, block, h] = of_k * of_k * a
         plgpu.wait_smem_to_gmem(0)
 
     of_block = (batch, blocks, heads, ROWS, ROWS)

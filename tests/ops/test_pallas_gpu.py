@@ -32,9 +32,9 @@ def interpreter():
     process.stop()
 
 
-def compare(interpreter, blocks=None, segment=None, scale=None, gates=None, gradients=2e-2, **case):
-    settings = {"blocks": blocks, "segment": segment, "scale": scale, "gates": gates, "gradients": gradients}
-    interpreter.ask(settings | case, 900)
+def compare(interpreter, blocks=None, segment=None, scale=None, gates=None, size=1.0, gradients=2e-2, **case):
+    settings = {"blocks": blocks, "segment": segment, "scale": scale, "gates": gates, "size": size}
+    interpreter.ask(settings | {"gradients": gradients} | case, 900)
 
 
 def case(b, t, r, h, hv, key_dim, value_dim, gate, beta=None, cosine=0.0):
@@ -62,6 +62,10 @@ def test_against_the_reference(interpreter, case, segment):
 def test_all_gates_nearly_closed(interpreter, gate):
     """Their gradients of 1e-13 come of nothing larger that cancels; float16 would make nothing of exp(-30)."""
     compare(interpreter, **case(1, 70, 2, 1, 1, 64, 64, gate, 2.0, 0.95), gates=-30.0)
+
+
+def test_queries_and_keys_past_float16(interpreter):
+    compare(interpreter, **case(1, 40, 1, 1, 1, 64, 64, "channel"), size=1e6)
 
 
 def test_gradients_of_like_keys(interpreter):
