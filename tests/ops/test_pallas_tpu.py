@@ -219,10 +219,11 @@ from pallas_kernels import tpu, tpu_bfloat16
 
 devices = topologies.get_topology_desc(sys.argv[1], platform="tpu").devices
 mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "tensor"))
-for number, (steps, heads, value_heads, dim, gate, dtype) in enumerate((
-    (1, 2, 4, 64, 1, "float32"), (1, 4, 4, 128, 1, "bfloat16"), (2, 4, 4, 64, 0, "bfloat16"), (3, 1, 1, 40, 1, "float32"),
-    (4, 2, 4, 128, 1, "bfloat16"), (1, 1, 1, 256, 1, "bfloat16"), (1, 2, 4, 128, 2, "bfloat16"), (3, 1, 1, 40, 2, "float32"),
-    (3, 4, 4, 64, 1, "bfloat16"),
+for number, (steps, heads, value_heads, dim, value_dim, gate, dtype) in enumerate((
+    (1, 2, 4, 64, 64, 1, "float32"), (1, 4, 4, 128, 128, 1, "bfloat16"), (2, 4, 4, 64, 64, 0, "bfloat16"),
+    (3, 1, 1, 40, 40, 1, "float32"), (4, 2, 4, 128, 128, 1, "bfloat16"), (1, 1, 1, 256, 256, 1, "bfloat16"),
+    (1, 2, 4, 128, 128, 2, "bfloat16"), (3, 1, 1, 40, 40, 2, "float32"), (3, 4, 4, 64, 64, 1, "bfloat16"),
+    (2, 2, 4, 64, 128, 1, "bfloat16"),
 )):
     def array(*shape, dtype, heads_axis):
         layout = ["data", *[None] * (heads_axis - 1), "tensor"]
@@ -231,7 +232,7 @@ for number, (steps, heads, value_heads, dim, gate, dtype) in enumerate((
 
     arguments = [
         array(1, 300, heads, dim, dtype=dtype, heads_axis=2), array(1, 300, steps, heads, dim, dtype=dtype, heads_axis=3),
-        array(1, 300, steps, value_heads, dim, dtype=dtype, heads_axis=3),
+        array(1, 300, steps, value_heads, value_dim, dtype=dtype, heads_axis=3),
         array(1, 300, steps, value_heads, dtype=dtype, heads_axis=3),
     ]
     if gate:
