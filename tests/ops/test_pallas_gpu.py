@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import gpu_machine_code, worker
 from deltajax.ops import delta_product
-from pallas_kernels import gpu, gpu_channel_scores
+from pallas_kernels import gpu, gpu_channel_masks
+from pallas_kernels.gpu_common import ROWS
 
 ROOT = Path(worker.__file__).parents[1]
 
@@ -81,8 +82,8 @@ def test_inverses_of_like_keys(interpreter):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_masks_of_channel_gates(steps):
     """Every pair of tokens is parted at one level, and what is masked there sums up to the gates between them."""
-    n = gpu_channel_scores.ROWS
-    masks = gpu_channel_scores.masks(steps).reshape(steps, gpu_channel_scores.MASKS, 2, -1, n, n).astype(float)
+    n = ROWS
+    masks = gpu_channel_masks.masks(steps).reshape(steps, gpu_channel_masks.MASKS, 2, -1, n, n).astype(float)
     g = -np.random.default_rng(0).exponential(size=n)
     until = np.cumsum(g)
     for step, of_step in enumerate(masks):
@@ -96,7 +97,7 @@ def test_masks_of_channel_gates(steps):
             pairs = of_step[:, 1, kind]
             np.testing.assert_array_equal(pairs[0], down[:, None] == tokens)
             np.testing.assert_array_equal(pairs.sum(0), 1.0)
-            for level in of_step[gpu_channel_scores.TO_MEETING :]:
+            for level in of_step[gpu_channel_masks.TO_MEETING :]:
                 later = level[1, kind] * (down[:, None] > tokens)
                 found = (level[0, kind] @ g)[:, None] + level[0, 0] @ g
                 np.testing.assert_allclose(later * found, later * (until[down][:, None] - until[tokens]), atol=1e-12)
