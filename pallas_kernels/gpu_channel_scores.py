@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu_channel_masks import LOG2_E, MASKS, TO_MEETING, Masks, decay, masks
 from pallas_kernels.gpu_common import (
     ROWS,
+    along_rows,
     bf16,
     call,
     f32,
@@ -32,7 +33,7 @@ from pallas_kernels.gpu_common import (
 )
 
 f16 = jnp.float16  # 11 bits, of what is decayed and the gates, not of cotangents, which may have any size
-TINY = 2.0**-126  # the least whose inverse float32 has, too
+SMALLEST = 2.0**-126  # whose inverse float32 has, too
 EXPONENT, INVERSE = 0x7F800000, 254 << 23  # of a power of two: its bits, and what minus these is those of its inverse
 
 
@@ -44,31 +45,30 @@ def scores(q, k, g):
     """
     batch, length, heads, key_dim = g.shape
     blocks, steps = k.shape[1] // ROWS, k.shape[1] // length
-    group = heads // k.shape[2]
-    parts = key_dim // ROWS
+    group, parts = heads // k.shape[2], key_dim // ROWS
 
-    def body(cta, inputs, outputs, q, k, gates, x, y, stage, mask, arrived):
+    def body(cta, inputs, outputs, q, k, gates, x, y, stage, sizes, mask, arrived):
         b, block, h = cta
         chunk, step = block // steps, jax.lax.rem(block, jnp.int32(steps))
         queries, rows, write, every = rows_of(chunk), rows_of(block), writer(stage), range(parts)
         of_cta = Masks(steps, lambda n: inputs[3].at[step * MASKS + n], MASKS, mask, arrived)
 
         def put_scaled(ref, source, rows):
-            """As float16, divided by the power of two that brings the largest entry between 1 and 2, which comes back."""
+            """As float16, each row divided by the power of two that brings its largest entry to 1 .. 2; these come back."""
             found = [load(source.at[b, rows, h // group, rows_of(part)]).astype(f32) for part in every]
-            largest = jnp.max(jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, found)), axis=1))
-            bits = (
-                jax.lax.bitcast_convert_type(jnp.full((ROWS, ROWS), jnp.maximum(largest, TINY)), jnp.int32) & EXPONENT
-            )
-            inverse = jax.lax.bitcast_convert_type(INVERSE - bits, f32)
+            largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, found)), axis=1)
+            largest = jnp.minimum(jnp.maximum(largest, SMALLEST), 1 / SMALLEST)
+            bits = jax.lax.bitcast_convert_type(largest, jnp.int32) & EXPONENT
+            inverse = along_rows(jax.lax.bitcast_convert_type(INVERSE - bits, f32))
             for part in every:
                 ref[part] = (found[part] * inverse).astype(f16)
             return jax.lax.bitcast_convert_type(bits, f32)
 
-        def decayed(ref, part, mask, unit):  # float16 would make nothing of exp(-20)
-            return ref[part].astype(f32) * (unit * decay(mask, gates.at[part]))
+        def decayed(ref, part, mask, sizes):  # float16 would make nothing of exp(-20)
+            return ref[part].astype(f32) * (along_rows(sizes) * decay(mask, gates.at[part]))
 
         of_q, of_k = put_scaled(q, inputs[0], queries), put_scaled(k, inputs[1], rows)
+        sizes[...] = of_k
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
@@ -106,7 +106,7 @@ def scores(q, k, g):
             (of_rows, of_queries), pairs = of_cta.wait(n)
 
             def accumulate(of_keys, of_scores):
-                for part in every:
+                for part in every:  # `decay` waits for the products of the part before, which read x and y
                     decays = decay(of_rows, gates.at[part]).astype(f16)
                     x[...] = k[part] * decays
                     y[...] = q[part] * decays if steps == 1 else q[part] * decay(of_queries, gates.at[part]).astype(f16)
@@ -116,14 +116,16 @@ def scores(q, k, g):
                 return of_keys[...], of_scores[...]
 
             sums = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, ROWS), f32)] * 2)
-            found = [total + here * met[...].astype(f32) for total, here, met in zip(found, sums, pairs, strict=True)]
+            found = [total + new * met[...].astype(f32) for total, new, met in zip(found, sums, pairs, strict=True)]
             of_cta.leave(n)
             return found
 
         a, p = jax.lax.fori_loop(jnp.int32(TO_MEETING), jnp.int32(MASKS), one_level, [a, p])
         t, j = row_and_column()
-        write(jnp.where(step * ROWS + j < (t + 1) * steps, of_q * of_k * p, 0.0), outputs[1].at[b, block, h])
-        outputs[0][b, block, h] = of_k * of_k * a
+        of_columns = jax.lax.broadcast_in_dim(sizes[...], (ROWS, ROWS), (1,))
+        p *= along_rows(of_q) * of_columns
+        write(jnp.where(step * ROWS + j < (t + 1) * steps, p, 0.0), outputs[1].at[b, block, h])
+        outputs[0][b, block, h] = along_rows(of_k) * of_columns * a
         plgpu.wait_smem_to_gmem(0)
 
     of_block = (batch, blocks, heads, ROWS, ROWS)
@@ -145,6 +147,7 @@ def scores(q, k, g):
             *(square(parts, dtype=f16) for _ in range(3)),
             *(square(dtype=f16) for _ in range(2)),
             square(),
+            plgpu.SMEM((ROWS,), f32),
             *Masks.scratch(steps, f16),
         ],
     )
@@ -158,12 +161,13 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
     """
     batch, length, heads, key_dim = g.shape
     blocks, steps = k.shape[1] // ROWS, k.shape[1] // length
-    group = heads // k.shape[2]
+    group, parts = heads // k.shape[2], key_dim // ROWS
 
     def body(cta, inputs, outputs, *scratch):
         *arrays, first, later, mask, arrived = scratch
         q, k, da, dp, gates, keys, queries, *_ = (x.at[0] for x in arrays)
-        b, chunk, h, part = cta
+        b, chunk, of_head = cta
+        h, part = of_head // parts, jax.lax.rem(of_head, jnp.int32(parts))
         here = rows_of(part)
         plgpu.copy_gmem_to_smem(inputs[0].at[b, rows_of(chunk), h // group, here], q, first)
 
@@ -261,7 +265,7 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
         "channel_scores_backward",
         (q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals, jnp.asarray(masks(steps), bf16)),
         [(g.shape, bf16), ((batch, blocks * ROWS, heads, key_dim), bf16), (g.shape, f32)],
-        {"batch": batch, "chunk": length // ROWS, "head": heads, "part": key_dim // ROWS},
+        {"batch": batch, "chunk": length // ROWS, "head_and_part": heads * parts},
         [
             *(square(1) for _ in range(4)),
             square(1, 2),
