@@ -1,4 +1,5 @@
-"""The chunked delta product as GPU kernels (Pallas on Mosaic GPU, for Hopper): `gpu_blocks`, `gpu_scan`, `gpu_backward`.
+"""The chunked delta product as GPU kernels (Pallas on Mosaic GPU, for Hopper): `gpu_blocks`, `gpu_scan`,
+`gpu_backward`; with channel gates `gpu_channel`.
 
 Rows of keys and values go in blocks of 64; tokens, i.e. queries, in chunks of 64, which are R blocks. With S the state before a
 block and D_ij the gates of rows after j up to i, per head (arXiv 2406.06484, section 3.2; 2412.06464, section 3.3)::
@@ -118,9 +119,8 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
         o, state = gpu_channel.delta_product(q, k, v, beta, pad(g, key_pad), state, *cut.values())
     else:
         gates = None
-        if (
-            g is not None
-        ):  # a row carries its token's gate if it is the token's first row, so that every decay is a sum of gates
+        # A row carries its token's gate if it is the token's first row, so that every decay is a sum of gates over rows.
+        if g is not None:
             gates = by_block(g), by_block(jnp.stack([g] + [jnp.zeros_like(g)] * (steps - 1), axis=2))
         o, state = _run(q, k, v, _operands(beta, gates, steps), state, *cut.values())
     o, state = o[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]

@@ -30,7 +30,8 @@ def outputs_backward(q, k, v_new, states, tokens, do, *, scale):
 
     Returns dq [B, T, HV, K], dk [B, T R, HV, K], dv_new [B, T R, HV, V], those of the states that chunks start from
     [B, C, HV, K, V], all in bfloat16; in float32 that of tokens[:, :, :, 0] [B, C, HV, 64], and the sums of dP * P over
-    rows [B, C, HV, 64] and over tokens [B, S, HV, 64], from which the gates' cotangent follows.
+    rows [B, C, HV, 64] and over tokens [B, S, HV, 64], from which the gates' cotangent follows: so without the rows of a query's
+    own token.
     """
     batch, chunks, heads, kinds, _ = tokens.shape
     blocks, _, key_dim, value_dim = states.shape[1:]
@@ -172,8 +173,8 @@ def rows_backward(k, v, v_new, dsolved, states, dstates, rows, weights, steps):
     weights those of the scan forwards.
 
     Returns dk [B, T R, HV, K] and dv [B, T R, HV, V] in bfloat16, and [B, S, HV, 8, 64] in float32: the cotangents of w_in,
-    w_state, w_out, total (to be summed) and of beta in A, dA * A summed over columns and over
-    rows (pairs of a token's rows left out), and dsolved * v_new summed over V.
+    w_state, w_out, total (to be summed) and of beta in A, dA * A summed over columns
+    and over rows (pairs of a token's rows left out), and dsolved * v_new summed over V.
     """
     batch, blocks, heads, kinds, _ = rows.shape
     key_dim, value_dim = states.shape[3:]

@@ -10,6 +10,7 @@ array but q and k has the HV heads.
 """
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from pallas_kernels.gpu_common import (
     f32,
     gradient_of_beta,
     load,
+    parts_of,
     per_key_head,
     products,
     row_and_column,
@@ -61,22 +63,29 @@ def _forward(keep, q, k, v, beta, g, state, scale, blocks):
     weights = _weights(beta, -beta, jnp.ones_like(beta), jnp.ones_like(beta))
     cut = {**blocks.of_scan(), "k_out": k_end, "totals": totals, "keep": keep}
     out = scan(k_start, v, inverses, weights, state, **cut, q=q_start, p=p, scale=scale)
-    residuals = (q, k, v, beta, g, inverses, a, p, q_start, k_start, k_end, totals, out.get("y"), out.get("states"))
+    residuals = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "inverses": inverses, "a": a, "p": p, "q_start": q_start}
+    residuals |= {
+        "k_start": k_start,
+        "k_end": k_end,
+        "totals": totals,
+        "v_new": out.get("y"),
+        "states": out.get("states"),
+    }
     return (out["o"], out["last"]), residuals
 
 
 def _run_backward(scale, blocks, residuals, cotangents):
-    q, k, v, beta, g, inverses, a, p, q_start, k_start, k_end, totals, v_new, states = residuals
+    x = SimpleNamespace(**residuals)
     do, dlast = cotangents
-    dq_start, dp, dv_new, dstarts = _outputs_backward(q_start, p, v_new, states, do, scale)
-    weights = _weights(jnp.ones_like(beta), jnp.ones_like(beta), -beta, jnp.ones_like(beta))
-    cut = {**blocks.of_scan(), "k_out": k_start, "totals": totals}
-    out = scan(k_end, dv_new, inverses, weights, dlast, **cut, extra=dstarts)
+    dq_start, dp, dv_new, dstarts = _outputs_backward(x.q_start, x.p, x.v_new, x.states, do, scale)
+    one = jnp.ones_like(x.beta)
+    cut = {**blocks.of_scan(), "k_out": x.k_start, "totals": x.totals}
+    out = scan(x.k_end, dv_new, x.inverses, _weights(one, one, -x.beta, one), dlast, **cut, extra=dstarts)
     dk_start, dk_end, dv, da, dbeta, dtotals = _rows_backward(
-        k_start, v, v_new, out["y"], states, out["states"], a, beta
+        x.k_start, x.v, x.v_new, out["y"], x.states, out["states"], x.a, x.beta
     )
-    dq, dk, dg = scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, totals * dtotals)
-    return per_key_head(q, dq), per_key_head(k, dk), dv, dbeta, dg, out["last"]
+    dq, dk, dg = scores_backward(x.q, x.k, x.g, da, dp, dq_start, dk_start, dk_end, x.totals * dtotals)
+    return per_key_head(x.q, dq), per_key_head(x.k, dk), dv, dbeta, dg, out["last"]
 
 
 delta_product.defvjp(_run_forward, _run_backward)
@@ -170,7 +179,7 @@ def _outputs_backward(q_start, p, v_new, states, do, scale):
 
 
 def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
-    """Cotangents of k_start, k_end, v, a (plus its transpose), beta and totals: after both scans, as `rows_backward`."""
+    """Cotangents of k_start, k_end, v, a (plus its transpose, in parts), beta and totals, as `gpu_backward.rows_backward`."""
     batch, blocks, heads, key_dim, value_dim = states.shape
 
     def body(cta, inputs, outputs, *scratch):
@@ -193,7 +202,8 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
         dlog_beta = jnp.zeros(ROWS, f32)
         of_columns = jax.lax.broadcast_in_dim(load(inputs[7].at[b, block, h]), (ROWS, ROWS), (1,))
         other = jnp.where(i < j, -of_columns * products((v_new, transposed(dsolved))), 0.0)
-        write(beta * da + other, outputs[3].at[b, block, h])
+        for part, x in enumerate(parts_of(beta * da + other)):
+            write(x, outputs[3].at[b, block, h, part])
         for part in range(value_dim // ROWS):
             here = rows_of(part)
             dx = dsolved[:, here].astype(f32)
@@ -233,7 +243,7 @@ def _rows_backward(k_start, v, v_new, dsolved, states, dstates, a, beta):
             (k_start.shape, bf16),
             (k_start.shape, bf16),
             (v.shape, bf16),
-            (a.shape, bf16),
+            ((batch, blocks, heads, 2, ROWS, ROWS), bf16),
             (beta.shape, f32),
             ((batch, blocks, heads, key_dim), f32),
         ],

@@ -20,55 +20,58 @@ MASKS = TO_MEETING + LEVELS
 LOG2_E = float(np.log2(np.e))
 
 
-def masks(steps: int) -> np.ndarray:
-    """0/1 masks over the tokens of a chunk, [steps * MASKS, 4, 64, 64]; [MASKS, 2, 64, 64] with steps = 1.
+def masks(steps: int, dtype) -> list[jax.Array]:
+    """0/1 masks over the tokens of a chunk, of gates and of pairs, each [steps * MASKS, 2, 64, 64]; [MASKS, 1, 64, 64] with
+    steps = 1, where rows and queries are alike.
 
-    For each block of a chunk MASKS times: which gates (across) are summed for rows (down), and for queries; and which pairs are
-    then meant, of rows, and of queries and rows. Rows and queries are alike with steps = 1. The first are of gates from the
-    block's start up to a row, and from the chunk's up to a query, and of pairs of one token; the next of gates after a row up to
-    the block's end; then come, by level, those of gates from a token to where blocks meet, and of the pairs that this parts,
-    either way round. A token's gate comes before its first row.
+    For each block of a chunk MASKS times: which gates (across) are summed for a row, and for a query (down); and which pairs are
+    then meant, of rows, and of queries and rows. The first are of gates from the block's start up to a row, and from the chunk's
+    up to a query, and of pairs of one token; the next of gates after a row up to the block's end, and of no pairs; then come, by
+    level, those of gates from a token to where blocks meet, and of the pairs that this parts, either way round. A token's gate
+    comes before its first row.
     """
     s = np.arange(ROWS)
     query = s[:, None]
-    found = np.zeros((steps, MASKS, 2, 2, ROWS, ROWS), np.bool)
+    found = np.zeros((2, steps, MASKS, 2, ROWS, ROWS), np.bool)
     for step in range(steps):
         row, first = step * ROWS + s, s * steps
         tokens, column = (row[:, None] // steps, query), row // steps
-        found[step, 0, 0] = (row[0] <= first) & (first <= row[:, None]), s <= query
-        found[step, 0, 1] = [token == column for token in tokens]
-        found[step, 1, 0, 0] = (row[:, None] < first) & (first <= row[-1])
+        found[0, step, 0] = (row[0] <= first) & (first <= row[:, None]), s <= query
+        found[1, step, 0] = [token == column for token in tokens]
+        found[0, step, 1, 0] = (row[:, None] < first) & (first <= row[-1])
         for level in range(LEVELS):
             for kind, token in enumerate(tokens):
                 gates = np.where(token >> level & 1, s <= token, s > token) & (s >> level == token >> level)
-                found[step, TO_MEETING + level, :, kind] = gates, (token ^ column) >> level == 1
-    return found[:, :, :, : min(steps, 2)].reshape(steps * MASKS, -1, ROWS, ROWS)
+                found[:, step, TO_MEETING + level, kind] = gates, (token ^ column) >> level == 1
+    kinds = min(steps, 2)
+    return [jnp.asarray(x[:, :, :kinds].reshape(-1, kinds, ROWS, ROWS), dtype) for x in found]
 
 
 class Masks:
-    """Those of a CTA one after the other, through shared memory: with steps = 1 the next is fetched while one is read."""
+    """Of one kind, one after the other through shared memory; with two slots the next arrives while one is read."""
 
-    def __init__(self, steps, source, count, ref, arrived):
-        """source(n): the n-th of `count` in global memory; ref [slots, 2 or 4, 64, 64]."""
-        self.steps, self.source, self.count, self.ref, self.arrived = steps, source, count, ref, arrived
+    def __init__(self, source, count, ref, arrived):
+        """source(n): the n-th of `count` in global memory; ref [slots, 1 or 2, 64, 64]; a barrier for each slot."""
+        self.source, self.count, self.ref, self.arrived = source, count, ref, arrived
         for n in range(ref.shape[0]):
             self._fetch(jnp.int32(n))
 
     @staticmethod
-    def scratch(steps, dtype):
-        slots = 2 if steps == 1 else 1
-        return [square(slots, 2 * min(steps, 2), dtype=dtype), plgpu.Barrier(num_barriers=slots)]
+    def scratch(slots, steps, dtype):
+        return [square(slots, min(steps, 2), dtype=dtype), plgpu.Barrier(num_barriers=slots)]
+
+    def _slot(self, n):
+        return jax.lax.rem(n, jnp.int32(self.ref.shape[0]))
 
     def _fetch(self, n):
-        slot = jax.lax.rem(n, jnp.int32(self.ref.shape[0]))
+        slot = self._slot(n)
         plgpu.copy_gmem_to_smem(self.source(n), self.ref.at[slot], self.arrived.at[slot])
 
     def wait(self, n):
-        """(gates, pairs) of the n-th, each of rows and of queries."""
-        slot = jax.lax.rem(n, jnp.int32(self.ref.shape[0]))
+        """That of rows and that of queries."""
+        slot = self._slot(n)
         plgpu.barrier_wait(self.arrived.at[slot])
-        indices = ((0, 0), (1, 1)) if self.steps == 1 else ((0, 1), (2, 3))
-        return [[self.ref.at[slot, index] for index in of_kind] for of_kind in indices]
+        return self.ref.at[slot, 0], self.ref.at[slot, self.ref.shape[1] - 1]
 
     def leave(self, n):
         """All warps have read the n-th."""

@@ -24,6 +24,7 @@ from pallas_kernels.gpu_common import (
     load,
     products,
     put_parts,
+    put_prefix_mask,
     row_and_column,
     rows_of,
     square,
@@ -47,11 +48,12 @@ def scores(q, k, g):
     blocks, steps = k.shape[1] // ROWS, k.shape[1] // length
     group, parts = heads // k.shape[2], key_dim // ROWS
 
-    def body(cta, inputs, outputs, q, k, gates, x, y, stage, sizes, mask, arrived):
+    def body(cta, inputs, outputs, q, k, gates, x, y, stage, sizes, *of_masks):
         b, block, h = cta
         chunk, step = block // steps, jax.lax.rem(block, jnp.int32(steps))
         queries, rows, write, every = rows_of(chunk), rows_of(block), writer(stage), range(parts)
-        of_cta = Masks(steps, lambda n: inputs[3].at[step * MASKS + n], MASKS, mask, arrived)
+        sums_of = Masks(lambda n: inputs[3].at[step * MASKS + n], MASKS, *of_masks[:2])
+        pairs = Masks(lambda n: inputs[4].at[step * MASKS + n], MASKS, *of_masks[2:])
 
         def put_scaled(ref, source, rows):
             """As float16, each row divided by the power of two that brings its largest entry to 1 .. 2; these come back."""
@@ -81,7 +83,7 @@ def scores(q, k, g):
             outputs[5][b, block, h, here] = jnp.exp2(LOG2_E * jnp.sum(g, axis=0))
 
         plgpu.commit_smem()
-        (of_rows, of_queries), pairs = of_cta.wait(jnp.int32(0))
+        of_rows, of_queries = sums_of.wait(jnp.int32(0))
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
@@ -91,19 +93,22 @@ def scores(q, k, g):
             def _():
                 write(decayed(q, part, of_queries, of_q), outputs[2].at[b, queries, h, rows_of(part)])
 
-        a = products(*((k.at[part], transposed(k.at[part])) for part in every)) * pairs[0][...].astype(f32)
-        p = products(*((q.at[part], transposed(k.at[part])) for part in every)) * pairs[1][...].astype(f32)
-        of_cta.leave(jnp.int32(0))
-        (of_rows, _), _ = of_cta.wait(jnp.int32(1))
+        a, p = (products(*((ref.at[part], transposed(k.at[part])) for part in every)) for ref in (k, q))
+        a, p = (x * met[...].astype(f32) for x, met in zip((a, p), pairs.wait(jnp.int32(0)), strict=True))
+        sums_of.leave(jnp.int32(0))
+        pairs.leave(jnp.int32(0))
+        of_rows = sums_of.wait(jnp.int32(1))[0]
 
         @pl.loop(jnp.int32(0), jnp.int32(parts))
         def _(part):
             write(decayed(k, part, of_rows, of_k), outputs[4].at[b, rows, h, rows_of(part)])
 
-        of_cta.leave(jnp.int32(1))
+        sums_of.leave(jnp.int32(1))
+        pairs.wait(jnp.int32(1))  # none
+        pairs.leave(jnp.int32(1))
 
         def one_level(n, found):
-            (of_rows, of_queries), pairs = of_cta.wait(n)
+            of_rows, of_queries = sums_of.wait(n)
 
             def accumulate(of_keys, of_scores):
                 for part in every:  # `decay` waits for the products of the part before, which read x and y
@@ -115,9 +120,11 @@ def scores(q, k, g):
                     plgpu.wgmma(of_scores, y, transposed(x))
                 return of_keys[...], of_scores[...]
 
-            sums = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, ROWS), f32)] * 2)
-            found = [total + new * met[...].astype(f32) for total, new, met in zip(found, sums, pairs, strict=True)]
-            of_cta.leave(n)
+            new = pl.run_scoped(accumulate, *[plgpu.ACC((ROWS, ROWS), f32)] * 2)
+            sums_of.leave(n)
+            met = pairs.wait(n)
+            found = [total + one * mask[...].astype(f32) for total, one, mask in zip(found, new, met, strict=True)]
+            pairs.leave(n)
             return found
 
         a, p = jax.lax.fori_loop(jnp.int32(TO_MEETING), jnp.int32(MASKS), one_level, [a, p])
@@ -133,7 +140,7 @@ def scores(q, k, g):
     return call(
         body,
         "channel_scores",
-        (q, k, g, jnp.asarray(masks(steps), f16)),
+        (q, k, g, *masks(steps, f16)),
         [
             (of_block, f32),
             (of_block, bf16),
@@ -148,7 +155,8 @@ def scores(q, k, g):
             *(square(dtype=f16) for _ in range(2)),
             square(),
             plgpu.SMEM((ROWS,), f32),
-            *Masks.scratch(steps, f16),
+            *Masks.scratch(2 if steps == 1 else 1, steps, f16),
+            *Masks.scratch(1, steps, f16),
         ],
     )
 
@@ -156,7 +164,8 @@ def scores(q, k, g):
 def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
     """Cotangents of q [B, T, HV, K] and k [B, T R, HV, K] in bfloat16 and of g [B, T, HV, K] in float32.
 
-    From those of the scores in bfloat16, [B, S, HV, 64, 64]: da that of A / beta plus its transpose, dp with zeros where P has
+    From those of the scores in bfloat16, da [B, S, HV, 2, 64, 64] that of A / beta plus its transpose, in parts,
+    dp [B, S, HV, 64, 64] with zeros where P has
     them; from those of q_start, k_start and k_end, and of the logarithm of totals [B, S, HV, K] in float32.
     """
     batch, length, heads, key_dim = g.shape
@@ -164,8 +173,8 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
     group, parts = heads // k.shape[2], key_dim // ROWS
 
     def body(cta, inputs, outputs, *scratch):
-        *arrays, first, later, mask, arrived = scratch
-        q, k, da, dp, gates, keys, queries, *_ = (x.at[0] for x in arrays)
+        *arrays, first, later, sums, sums_arrived, met, met_arrived = scratch
+        q, k, dp, da, gates, keys, queries, *_ = (x.at[0] for x in arrays)
         b, chunk, of_head = cta
         h, part = of_head // parts, jax.lax.rem(of_head, jnp.int32(parts))
         here = rows_of(part)
@@ -178,7 +187,8 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
             plgpu.copy_gmem_to_smem(inputs[4].at[b, block, h], dp, later)
 
         fetch(jnp.int32(0))
-        of_cta = Masks(steps, lambda n: inputs[9].at[n], steps * MASKS, mask, arrived)
+        sums_of = Masks(lambda n: inputs[9].at[n], steps * MASKS, sums, sums_arrived)
+        pairs = Masks(lambda n: inputs[10].at[n], steps * MASKS, met, met_arrived)
         put_parts(gates, LOG2_E * load(inputs[2].at[b, rows_of(chunk), h, here]))
 
         def decays(mask, gates):
@@ -189,12 +199,7 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
             plgpu.commit_smem()
             return products((transposed(mask), ref))
 
-        def put_parted(pairs, da, dp, work):
-            work[0], work[1] = da[...] * pairs[0][...], dp[...] * pairs[1][...]
-            plgpu.commit_smem()
-
-        i, j = row_and_column()
-        queries[...] = jnp.where(j <= i, 1.0, 0.0).astype(bf16)
+        put_prefix_mask(queries)
         plgpu.commit_smem()
         plgpu.barrier_wait(first)
         dq = load(inputs[5].at[b, rows_of(chunk), h, here]).astype(f32) * decays(queries, gates)
@@ -204,37 +209,49 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
             dq, dg = sums
             block, begin = chunk * steps + step, step * MASKS
             plgpu.barrier_wait(later)
-            q, k, da, dp, gates, keys, queries, work = (x.at[unknown_zero(step)] for x in arrays)
+            q, k, dp, da, gates, keys, queries, work = (x.at[unknown_zero(step)] for x in arrays)
+            dk = jnp.zeros((ROWS, ROWS), f32)
             for kind in range(TO_MEETING):
-                sums_of, pairs = of_cta.wait(begin + kind)
+                n = begin + kind
+                of_rows = sums_of.wait(n)[0]
+                met_of_rows, met_of_queries = pairs.wait(n)
                 if kind == 0:
-                    put_parted(pairs, da, dp, work)
-                    dk = products((work.at[0], k), (transposed(work.at[1]), q))
-                    dq += products((work.at[1], k))
-                dpart = load(inputs[6 + kind].at[b, rows_of(block), h, here]).astype(f32) * decays(sums_of[0], gates)
+                    work[0] = dp[...] * met_of_queries[...]
+                    plgpu.commit_smem()
+                    dq += products((work.at[0], k))
+                    dk += products((transposed(work.at[0]), q))
+                    work[0], work[1] = (da[part] * met_of_rows[...] for part in range(2))
+                    plgpu.commit_smem()
+                    dk += products((work.at[0], k), (work.at[1], k))
+                pairs.leave(n)
+                dpart = load(inputs[6 + kind].at[b, rows_of(block), h, here]).astype(f32) * decays(of_rows, gates)
                 dk += dpart
                 of_exponents = dpart * k[...].astype(f32)
                 if kind == 0:  # the last row's exponent is the total's
                     dlog_total = load(inputs[8].at[b, block, h, here])
                     of_total = jax.lax.broadcast_in_dim(dlog_total, (ROWS, ROWS), (1,))
                     of_exponents += jnp.where(next(row_and_column()) == ROWS - 1, of_total, 0.0)
-                dg += to_gates(sums_of[0], of_exponents, keys)
-                of_cta.leave(begin + kind)
+                dg += to_gates(of_rows, of_exponents, keys)
+                sums_of.leave(n)
 
             def one_level(n, sums):
                 dq, dk, dg = sums
-                q, k, da, dp, gates, keys, queries, work = (x.at[unknown_zero(n)] for x in arrays)
-                (of_rows, of_queries), pairs = of_cta.wait(n)
-                put_parted(pairs, da, dp, work)
+                q, k, dp, da, gates, keys, queries, work = (x.at[unknown_zero(n)] for x in arrays)
+                of_rows, of_queries = sums_of.wait(n)
+                met_of_rows, met_of_queries = pairs.wait(n)
+                work[0] = dp[...] * met_of_queries[...]
                 decays_of_rows = decays(of_rows, gates)
                 keys[...] = k[...] * decays_of_rows.astype(bf16)
                 decays_of_queries = decays_of_rows if steps == 1 else decays(of_queries, gates)
                 queries[...] = q[...] * decays_of_queries.astype(bf16)
                 plgpu.commit_smem()
-                dqueries = products((work.at[1], keys))
+                dqueries = products((work.at[0], keys))
                 dq += decays_of_queries * dqueries
                 of_query_exponents = dqueries.astype(bf16) * queries[...]
-                dkeys = products((work.at[0], keys), (transposed(work.at[1]), queries))
+                dkeys = products((transposed(work.at[0]), queries))
+                work[0], work[1] = (da[part] * met_of_rows[...] for part in range(2))
+                pairs.leave(n)
+                dkeys += products((work.at[0], keys), (work.at[1], keys))
                 dk += decays_of_rows * dkeys
                 of_exponents = dkeys.astype(bf16) * keys[...]
                 if steps == 1:
@@ -242,7 +259,7 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
                 else:
                     dg += to_gates(of_rows, of_exponents, keys)
                     dg += to_gates(of_queries, of_query_exponents, keys)
-                of_cta.leave(n)
+                sums_of.leave(n)
                 return dq, dk, dg
 
             dq, dk, dg = jax.lax.fori_loop(begin + TO_MEETING, begin + MASKS, one_level, (dq, dk, dg))
@@ -263,16 +280,18 @@ def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
     return call(
         body,
         "channel_scores_backward",
-        (q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals, jnp.asarray(masks(steps), bf16)),
+        (q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals, *masks(steps, bf16)),
         [(g.shape, bf16), ((batch, blocks * ROWS, heads, key_dim), bf16), (g.shape, f32)],
         {"batch": batch, "chunk": length // ROWS, "head_and_part": heads * parts},
         [
-            *(square(1) for _ in range(4)),
+            *(square(1) for _ in range(3)),
+            square(1, 2),
             square(1, 2),
             *(square(1) for _ in range(2)),
             square(1, 2),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=3),
-            *Masks.scratch(steps, bf16),
+            *Masks.scratch(2 if steps == 1 else 1, steps, bf16),
+            *Masks.scratch(1, steps, bf16),
         ],
     )

@@ -1,7 +1,8 @@
 """What the GPU kernels are written in: grids, products of references, sums of gates, writes through shared memory.
 
 One CTA is one warpgroup, in the scans two. Every product is a `wgmma` of operands in shared memory, bfloat16 (with channel
-gates also float16), summed in float32. "In parts" means as a sum of two bfloat16 arrays, 16 bits: it is used wherever an error would stay in the state.
+gates also float16), summed in float32. "In parts"
+means as a sum of two bfloat16 arrays, 16 bits: it is used wherever an error would stay in the state.
 
 Shapes, in all these files: the tokens T are whole chunks of 64, their T R rows of keys and values whole blocks of 64 rows. B
 batch, H key heads, HV value heads, C = T / 64 chunks, S = T R / 64 blocks.
@@ -165,7 +166,8 @@ def per_key_head(like, *cotangents):
 def gradient_of_beta(beta, dlog_beta, direct):
     """From V' = beta U: dbeta is dV' . V' / beta, where `direct`, dV' . U, is a difference of large numbers if keys are alike.
 
-    dV' is the cotangent of the right-hand side of (I + A) V' = ..; where beta leaves nothing of V' only the latter says something.
+    dV' is the cotangent of the right-hand side of (I + A) V' = ..; where beta leaves nothing of V' only the latter says
+    something.
     """
     small = jnp.abs(beta) < 2.0**-60
     return jnp.where(small, direct, dlog_beta / jnp.where(small, 1.0, beta))

@@ -18,19 +18,21 @@ def handle(job: dict) -> dict:
     """One case. A race raises, and so does reading what was never written: it is nan.
 
     blocks: how the work is cut; segment: tokens of a document; scale: of queries; gates: all of them; size: of queries, and of
-    keys its inverse.
+    keys its inverse; zeros: every third token has beta 0.
 
     Raises:
       AssertionError: an error above 1e-2, of a gradient above `gradients`.
     """
-    blocks, segment, scale, gates, size, gradients = (
-        job.pop(name) for name in ("blocks", "segment", "scale", "gates", "size", "gradients")
+    blocks, segment, scale, gates, size, zeros, gradients = (
+        job.pop(name) for name in ("blocks", "segment", "scale", "gates", "size", "zeros", "gradients")
     )
     if blocks:
         gpu.Blocks.for_shape = lambda *_: gpu.Blocks(**blocks)
     arguments = draw(1, **job, dtype="bfloat16")
     if gates is not None:
         arguments["g"] = jnp.full_like(arguments["g"], gates)
+    if zeros:
+        arguments["beta"] = arguments["beta"].at[:, ::3].set(0)
     arguments["q"], arguments["k"] = arguments["q"] * size, arguments["k"] / size
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         segments = jnp.asarray(np.arange(job["t"]) // segment)[None] if segment else None

@@ -33,9 +33,11 @@ def interpreter():
     process.stop()
 
 
-def compare(interpreter, blocks=None, segment=None, scale=None, gates=None, size=1.0, gradients=2e-2, **case):
+def compare(
+    interpreter, blocks=None, segment=None, scale=None, gates=None, size=1.0, zeros=False, gradients=2e-2, **case
+):
     settings = {"blocks": blocks, "segment": segment, "scale": scale, "gates": gates, "size": size}
-    interpreter.ask(settings | {"gradients": gradients} | case, 900)
+    interpreter.ask(settings | {"zeros": zeros, "gradients": gradients} | case, 900)
 
 
 def case(b, t, r, h, hv, key_dim, value_dim, gate, beta=None, cosine=0.0):
@@ -50,9 +52,9 @@ def case(b, t, r, h, hv, key_dim, value_dim, gate, beta=None, cosine=0.0):
         (case(1, 40, 3, 2, 4, 40, 24, "scalar"), 7),
         (case(1, 330, 1, 1, 1, 64, 128, "strong", 2.0, 0.95), None),
         (case(1, 30, 4, 1, 1, 128, 128, None, 2.0, 0.5), None),
-        (case(1, 70, 1, 1, 1, 64, 64, "scalar", 0.0), None),
         (case(1, 40, 3, 1, 2, 80, 24, "channel", 2.0, 0.5), 7),
         (case(1, 70, 1, 1, 1, 200, 24, "channel"), None),
+        (case(2, 70, 2, 2, 4, 64, 64, "channel"), None),
     ],
 )
 def test_against_the_reference(interpreter, case, segment):
@@ -63,6 +65,12 @@ def test_against_the_reference(interpreter, case, segment):
 def test_all_gates_nearly_closed(interpreter, gate):
     """Their gradients of 1e-13 come of nothing larger that cancels; float16 would make nothing of exp(-30)."""
     compare(interpreter, **case(1, 70, 2, 1, 1, 64, 64, gate, 2.0, 0.95), gates=-30.0)
+
+
+@pytest.mark.parametrize(("steps", "gate"), [(2, "scalar"), (2, "channel"), (1, "channel")])
+def test_weak_gates_and_zero_betas(interpreter, steps, gate):
+    """What the first token of a chunk leaves still matters at its end, in the gates' gradients too."""
+    compare(interpreter, **case(1, 70, steps, 1, 1, 64, 64, gate, None, 0.5), gates=-0.02, zeros=True)
 
 
 def test_queries_and_keys_past_float16(interpreter):
@@ -83,31 +91,26 @@ def test_inverses_of_like_keys(interpreter):
 def test_masks_of_channel_gates(steps):
     """Every pair of tokens is parted at one level, and what is masked there sums up to the gates between them."""
     n = ROWS
-    masks = gpu_channel_masks.masks(steps).reshape(steps, gpu_channel_masks.MASKS, 2, -1, n, n).astype(float)
+    gates, pairs = (
+        np.asarray(x, float).reshape(steps, gpu_channel_masks.MASKS, -1, n, n)
+        for x in gpu_channel_masks.masks(steps, "float32")
+    )
     g = -np.random.default_rng(0).exponential(size=n)
     until = np.cumsum(g)
-    for step, of_step in enumerate(masks):
+    for step in range(steps):
         tokens = (step * n + np.arange(n)) // steps
         before = tokens[0] if step * n % steps else tokens[0] - 1  # the last token that began in an earlier block
         start = until[tokens] - (until[before] if before >= 0 else 0.0)
-        np.testing.assert_allclose(of_step[0, 0, 0] @ g, start, atol=1e-12)
-        np.testing.assert_allclose(of_step[0, 0, -1] @ g, until)
-        np.testing.assert_allclose(of_step[1, 0, 0] @ g, until[tokens[-1]] - until[tokens], atol=1e-12)
+        np.testing.assert_allclose(gates[step, 0, 0] @ g, start, atol=1e-12)
+        np.testing.assert_allclose(gates[step, 0, -1] @ g, until)
+        np.testing.assert_allclose(gates[step, 1, 0] @ g, until[tokens[-1]] - until[tokens], atol=1e-12)
         for kind, down in ((0, tokens), (-1, np.arange(n))):
-            pairs = of_step[:, 1, kind]
-            np.testing.assert_array_equal(pairs[0], down[:, None] == tokens)
-            np.testing.assert_array_equal(pairs.sum(0), 1.0)
-            for level in of_step[gpu_channel_masks.TO_MEETING :]:
-                later = level[1, kind] * (down[:, None] > tokens)
-                found = (level[0, kind] @ g)[:, None] + level[0, 0] @ g
+            np.testing.assert_array_equal(pairs[step, 0, kind], down[:, None] == tokens)
+            np.testing.assert_array_equal(pairs[step, :, kind].sum(0), 1.0)
+            for level in range(gpu_channel_masks.TO_MEETING, gpu_channel_masks.MASKS):
+                later = pairs[step, level, kind] * (down[:, None] > tokens)
+                found = (gates[step, level, kind] @ g)[:, None] + gates[step, level, 0] @ g
                 np.testing.assert_allclose(later * found, later * (until[down][:, None] - until[tokens]), atol=1e-12)
-
-
-@pytest.mark.parametrize("wide", [True, False])
-def test_all_blocks_that_may_be_asked_for(interpreter, wide):
-    """The widest columns and most stages, which `for_shape` chooses for more heads than the interpreter has time for."""
-    blocks = gpu.Blocks(columns=64, stages=4, late_stages=1, places=2) if wide else gpu.Blocks(16, 2, 2, places=1)
-    compare(interpreter, **case(1, 100, 4, 1, 1, 64, 64, "scalar"), blocks=dataclasses.asdict(blocks))
 
 
 def shapes(length, steps, heads, value_heads, key_dim, value_dim, gate, dtype="bfloat16"):
