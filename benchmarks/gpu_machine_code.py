@@ -29,7 +29,7 @@ from deltajax.ops import delta_product
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 SHAPES = (  # R, H, K = V, gate
     (1, 16, 128, "scalar"), (4, 16, 128, "none"), (1, 32, 64, "scalar"), (1, 8, 256, "scalar"), (1, 16, 128, "channel"),
-    (1, 8, 256, "channel"), (4, 8, 256, "none"), (2, 16, 128, "channel"),
+    (1, 8, 256, "channel"), (4, 8, 256, "none"), (2, 16, 128, "channel"), (4, 8, 256, "channel"),
 )  # fmt: skip
 SHARED_BYTES, REGISTERS = 227 * 1024, 65536  # of an SM
 

@@ -232,17 +232,18 @@ def test_blocks_check_their_ranges():
         dataclasses.replace(few, late_stages=2)
 
 
-def test_machine_code_is_no_worse_than_the_committed_table():
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_machine_code_is_no_worse_than_the_committed_table(gate):
     """Through LLVM and ptxas; the toolchain, 270 MB, is not in the default install: the command is in `gpu_machine_code`."""
     toolchain = Path(gpu_machine_code.__file__).parents[1] / "build" / "cuda"
     if not toolchain.exists():
         pytest.skip(f"no {toolchain}")
-    key = ("1", "128", "scalar")
+    key = ("1", "128", gate)
     with Path(gpu_machine_code.__file__).with_name("results").joinpath("gpu_machine_code.csv").open() as file:
         committed = {
             row["kernel"]: row for row in csv.DictReader(file) if (row["steps"], row["dim"], row["gate"]) == key
         }
-    for row in gpu_machine_code.measure(1, 16, 128, "scalar", toolchain):
+    for row in gpu_machine_code.measure(1, 16, 128, gate, toolchain):
         before = committed.pop(row["kernel"])
         for field in ("spilled_bytes", "shared_bytes", "serial_cycles", "issue_cycles", "barriers"):
             assert row[field] <= 1.05 * int(before[field]), (row, before)
