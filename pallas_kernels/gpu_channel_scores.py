@@ -164,9 +164,9 @@ def scores(q, k, g):
 def scores_backward(q, k, g, da, dp, dq_start, dk_start, dk_end, dlog_totals):
     """Cotangents of q [B, T, HV, K] and k [B, T R, HV, K] in bfloat16 and of g [B, T, HV, K] in float32.
 
-    From those of the scores in bfloat16, da [B, S, HV, 2, 64, 64] that of A / beta plus its transpose, in parts,
-    dp [B, S, HV, 64, 64] with zeros where P has
-    them; from those of q_start, k_start and k_end, and of the logarithm of totals [B, S, HV, K] in float32.
+    From those of the scores in bfloat16: da [B, S, HV, 2, 64, 64], of A / beta plus its transpose, in parts, and dp
+    [B, S, HV, 64, 64] with zeros where P has them; from those of q_start, k_start and k_end, and of the logarithm of totals
+    [B, S, HV, K] in float32.
     """
     batch, length, heads, key_dim = g.shape
     blocks, steps = k.shape[1] // ROWS, k.shape[1] // length
