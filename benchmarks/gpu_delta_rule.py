@@ -13,6 +13,9 @@ libraries taking turns; host_ms is a call of many in a row by the host's clock. 
 steps need at blocks of 64 rows, and every argument and result once; ratio_to_bound is to the larger of the times that these
 need at two ceilings measured first, of a large bfloat16 product and of a large copy.
 
+To tune, ours with other `pallas_kernels.gpu.Blocks` (columns, stages, late_stages, places) may be among the libraries:
+`--libraries=pallas_gpu,pallas_gpu:16x3x3x2,pallas_gpu:64x2x2x1 --shapes=1x8192x16x128 --tasks="gated delta rule"`.
+
 Made for a card that is there for minutes, on a machine without a network. What tells most comes first (`cells`), and the table is
 written after every row. Ours, "chunked", the peer, and what draws inputs and finds what is right (a CPU's work, one shape ahead)
 are processes: what fails, dies or takes longer than --patience (the peer, which tries out its kernels' settings: three times
@@ -38,6 +41,7 @@ import jax
 from absl import app, flags
 
 from benchmarks import table
+from benchmarks.gpu_worker import blocks_of
 from benchmarks.worker import Worker, WorkerError
 from deltajax.errors import RunError
 
@@ -66,7 +70,7 @@ _TOLERANCE = flags.DEFINE_float("tolerance", 2e-2, "relative RMS of outputs and 
 _SHAPES = flags.DEFINE_list("shapes", None, "BxTxHxK, V = K, of the issue's five or others")
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "which of them")
 _PASSES = flags.DEFINE_list("passes", list(PASSES), "which of them")
-_LIBRARIES = flags.DEFINE_list("libraries", [OURS, PEER, CHUNKED], "which of them, in turn")
+_LIBRARIES = flags.DEFINE_list("libraries", [OURS, PEER, CHUNKED], "which of them, in turn; pallas_gpu:16x2x2x1")
 _BUDGET = flags.DEFINE_float("budget", 3600.0, "seconds after which it ends", lower_bound=0.0)
 _PATIENCE = flags.DEFINE_float("patience", 120.0, "seconds that one answer of a process may take", lower_bound=1.0)
 _REHEARSE = flags.DEFINE_bool("rehearse", False, "without a GPU: no time means anything")
@@ -201,6 +205,14 @@ def _known(flag: str, values, allowed):
     return values
 
 
+def _variant(name: str) -> str:
+    try:
+        blocks_of(name)
+    except ValueError as error:
+        raise RunError(f"--libraries: {name!r}: {error}") from error
+    return name
+
+
 def toolkit(packages: Path, usual: Path = Path("/usr/local/cuda")) -> Path | None:
     """Where Mosaic GPU finds bin/ptxas if it is not among JAX's own packages."""
     if list(packages.glob("nvidia/cu*/bin/ptxas")):
@@ -235,11 +247,13 @@ def _main(cleanup: contextlib.ExitStack):
     clock = Clock()
     shapes = [_shape(x) for x in _SHAPES.value] if _SHAPES.value else list(TINY if _REHEARSE.value else SHAPES)
     tasks, passes = _known("tasks", _TASKS.value, list(TASKS)), _known("passes", _PASSES.value, PASSES)
-    wanted = _known("libraries", _LIBRARIES.value, (OURS, PEER, CHUNKED))
+    wanted = _known("libraries", [x for x in _LIBRARIES.value if not x.startswith(f"{OURS}:")], (OURS, PEER, CHUNKED))
+    variants = [_variant(x) for x in _LIBRARIES.value if x not in wanted]
     ours, chunked = (Worker(sys.executable, "benchmarks.gpu_worker", settings()) for _ in range(2))
+    others = {name: Worker(sys.executable, "benchmarks.gpu_worker", settings()) for name in variants}
     oracle = Worker(sys.executable, "benchmarks.gpu_worker", {"JAX_PLATFORMS": "cpu"})
     peer = Worker(_PEER_PYTHON.value, "benchmarks.gpu_peer") if _PEER_PYTHON.value else None
-    for process in filter(None, (ours, chunked, oracle, peer)):
+    for process in filter(None, (ours, chunked, oracle, peer, *others.values())):
         cleanup.callback(process.stop)
     scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
     planned = list(cells(shapes, tasks))
@@ -263,13 +277,13 @@ def _main(cleanup: contextlib.ExitStack):
         raise RunError(f"no GPU for JAX: {error}") from error
     if about["platform"] != "gpu" and not _REHEARSE.value:
         raise RunError(f"this needs a Hopper GPU, and jax.devices()[0] is {about['device']!r}")
-    versions, processes = "no peer", {OURS: ours, CHUNKED: chunked}
+    versions, processes = "no peer", {OURS: ours, CHUNKED: chunked, **others}
     if peer:
         try:
             versions, processes[PEER] = peer.receive(clock.patience())["version"], peer
         except WorkerError as error:
             print(f"{PEER}: no figures: {error}", flush=True)
-    libraries = {name: processes[name] for name in wanted if name in processes}
+    libraries = {name: processes[name] for name in _LIBRARIES.value if name in processes}
     peaks = f"{about['tflops']:.0f} TFLOP/s, {about['gb_per_s']:.0f} GB/s by {about['timer']}"
     machine = f"{about['device']}, {about['version']}, {versions}, {peaks}"
     print(f"{machine}\n{len(planned)} cells in {_BUDGET.value:.0f} s", flush=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import worker
 from deltajax.ops import delta_product
+from pallas_kernels import gpu
 
 HELD: dict[str, dict[str, jax.Array]] = {}  # the inputs of one folder, by file
 
@@ -78,7 +80,7 @@ def measure(library: str, what: str, folder: str, index: int, calls: int) -> dic
     """Check one implementation on one input set, with memory full of nan beforehand, then time it."""
     arguments = inputs(Path(folder, f"inputs_{index}.npz"))
     f = function(what, library)
-    interpreted = library == "pallas_gpu" and not on_gpu()
+    interpreted = library.startswith("pallas_gpu") and not on_gpu()
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()) if interpreted else contextlib.nullcontext():
         poison()
         start = time.perf_counter()
@@ -104,12 +106,28 @@ def inputs(path: Path) -> dict[str, jax.Array]:
     return HELD[str(path)]
 
 
+def blocks_of(library: str) -> gpu.Blocks | None:
+    """Those in a name as "pallas_gpu:16x2x2x1": columns, stages, late_stages, places.
+
+    Raises:
+      ValueError: not four numbers, or none that `Blocks` allows.
+    """
+    if ":" not in library:
+        return None
+    sizes = library.split(":")[1].split("x")
+    if len(sizes) != 4 or not all(size.isdigit() for size in sizes):
+        raise ValueError("blocks are four numbers, as 16x2x2x1")
+    return gpu.Blocks(*map(int, sizes))
+
+
 @functools.cache
 def function(what: str, implementation: str):
     """f(arguments with do) -> results by name, compiled once for each shape."""
+    name, blocks = implementation.split(":")[0], blocks_of(implementation)
 
     def forward(arguments):
-        return delta_product(**arguments, implementation=implementation)[0]
+        with mock.patch.object(gpu.Blocks, "for_shape", lambda *_: blocks) if blocks else contextlib.nullcontext():
+            return delta_product(**arguments, implementation=name)[0]
 
     def run(arguments):
         do = arguments["do"]

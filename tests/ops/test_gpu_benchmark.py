@@ -1,15 +1,19 @@
 """The benchmark for a GPU that is there for minutes: what can go wrong with it, without one."""
 
+import contextlib
 import csv
 import os
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 
 from benchmarks import gpu_delta_rule, worker
+from deltajax.errors import RunError
 
 ROOT = Path(worker.__file__).parents[1]
 STUB = """
@@ -91,14 +95,28 @@ def test_ptxas_is_found_beside_triton(tmp_path, monkeypatch):
 
 
 def test_rehearsal(tmp_path):
-    """One cell in the interpreter, beside a peer without torch."""
+    """One cell in the interpreter, with our blocks and others, beside a peer without torch."""
     table = tmp_path / "table.csv"
     flags = ["--tasks=delta rule", "--passes=forward", "--shapes=1x64x1x64", "--sets=1", "--calls=1", f"--csv={table}"]
+    flags.append("--libraries=pallas_gpu,fla-core,chunked,pallas_gpu:16x2x2x1")
     command = [sys.executable, "-m", "benchmarks.gpu_delta_rule", "--rehearse", f"--peer_python={sys.executable}"]
     done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "fla-core: no figures: it died (1): ModuleNotFoundError: No module named " in done.stdout
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["library"] for row in rows] == ["pallas_gpu", "chunked"]
+    assert [row["library"] for row in rows] == ["pallas_gpu", "chunked", "pallas_gpu:16x2x2x1"]
     assert all(row["note"] == "" and float(row["relative_rms"]) < 1e-2 and float(row["ms"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("library", "message"),
+    [
+        ("pallas_gpu:16x2", "'pallas_gpu:16x2': blocks are four numbers, as 16x2x2x1"),
+        ("pallas_gpu:48x2x2x1", "'pallas_gpu:48x2x2x1': columns must be one of (16, 32, 64), got 48"),
+        ("fla", "'fla' is not one of pallas_gpu, fla-core, chunked"),
+    ],
+)
+def test_libraries_that_there_are_not(library, message):
+    with flagsaver.flagsaver(libraries=[library]), pytest.raises(RunError, match=re.escape(message)):
+        gpu_delta_rule._main(contextlib.ExitStack())
