@@ -20,10 +20,21 @@ def advance(state, q, k, v, rows, gates, *, inverse, scale):
     p, a = scores[:, :tokens], scores[:, tokens:]
     qk, k = _per_value_head(qk, v), _per_value_head(k, v)
     per_channel = gates is not None
-    read = _mm(two, one, from_start * qk, state) if per_channel else from_start * _mm(two, one, qk, state)
-    v_new = _solve(a, inverse, beta * (v - read[:, tokens:]))
+    if per_channel and one:
+        decayed = from_start * qk
+        head, rest = _exact(decayed[:, tokens:])
+        read = _mm(two, one, jnp.concatenate([decayed[:, :tokens], head], axis=1), state)
+        of_keys = read[:, tokens:] + _mm(one, one, rest, state)
+    else:
+        read = _mm(two, one, from_start * qk, state) if per_channel else from_start * _mm(two, one, qk, state)
+        of_keys = read[:, tokens:]
+    v_new = _solve(a, inverse, beta * (v - of_keys))
     o = scale * read[:, :tokens] + _mm(one, one, p, v_new)
-    written = _tn(two, two, to_end * k, v_new) if per_channel else _tn(two, two, k, to_end * v_new)
+    if per_channel and one:
+        head, rest = _exact(to_end * k)
+        written = _tn(two, two, head, v_new) + _tn(one, one, rest, v_new)
+    else:
+        written = _tn(two, two, to_end * k, v_new) if per_channel else _tn(two, two, k, to_end * v_new)
     return total * state + written, o
 
 
@@ -88,7 +99,7 @@ def _channel_scores(qk, k, rows, gates, scale, dtype):
     while size < tokens:
         within = functools.partial(_within_neighbours, size=size)
         decay = decays(within)
-        pairs = _score_products(one, decay * qk, decay[:, queries:] * k)
+        pairs = _decayed_products(one, decay * qk, decay[:, queries:] * k)
         products = jnp.where(((i ^ j) < 2 * size) & ((i & size) > (j & size)), pairs, products)
         size *= 2
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (queries + n, n), axis) for axis in (0, 1))
@@ -105,6 +116,27 @@ def _channel_scores(qk, k, rows, gates, scale, dtype):
         decays(lambda token, s: s > token)[:, queries:],
         _column(total, lanes[0] == lanes[1]),
     )
+
+
+def _decayed_products(one, qk, k):
+    """`_score_products`; of the keys' rows (the last of qk, which are k) in bfloat16 too to 16 bits."""
+    if one is None:
+        return _score_products(one, qk, k)
+    queries = qk.shape[1] - k.shape[1]
+    head, rest = _exact(k)
+    of_keys = _in_parts(one, head, head, (1, 1)) + (_nt(one, one, head, rest) + _nt(one, one, rest, head))
+    return jnp.concatenate([_nt(one, one, qk[:, :queries], k), of_keys], axis=1) if queries else of_keys
+
+
+def _exact(x):
+    """(head, rest) of x, the first exact in bfloat16 and a constant: x has its gradient through the rest.
+
+    Keys are exact in bfloat16, decayed ones are not, and where nothing in the state fades the error stays.
+    """
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF8000)) + jnp.uint32(0x8000)
+    head = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    head = jax.lax.stop_gradient(head)
+    return head, x - head
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
