@@ -4,6 +4,9 @@ Of its own because of NPROC: a warpgroup that waits holds a thread of XLA's pool
 on two processors the warpgroup waited for may find none.
 """
 
+import contextlib
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +29,17 @@ def handle(job: dict) -> dict:
     blocks, segment, scale, gates, size, zeros, gradients = (
         job.pop(name) for name in ("blocks", "segment", "scale", "gates", "size", "zeros", "gradients")
     )
-    if blocks:
-        gpu.Blocks.for_shape = lambda *_: gpu.Blocks(**blocks)
     arguments = draw(1, **job, dtype="bfloat16")
     if gates is not None:
         arguments["g"] = jnp.full_like(arguments["g"], gates)
     if zeros:
         arguments["beta"] = arguments["beta"].at[:, ::3].set(0)
     arguments["q"], arguments["k"] = arguments["q"] * size, arguments["k"] / size
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    asked = mock.patch.object(gpu.Blocks, "for_shape", lambda *_: gpu.Blocks(**blocks))
+    with (
+        asked if blocks else contextlib.nullcontext(),
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+    ):
         segments = jnp.asarray(np.arange(job["t"]) // segment)[None] if segment else None
         scale = jnp.float32(scale) if scale else None  # an array, known when it runs
         compare(arguments, "pallas_gpu", 1e-2, gradients, segment_ids=segments, scale=scale)

@@ -118,5 +118,6 @@ def test_rehearsal(tmp_path):
     ],
 )
 def test_libraries_that_there_are_not(library, message):
+    gpu_delta_rule.flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(libraries=[library]), pytest.raises(RunError, match=re.escape(message)):
         gpu_delta_rule._main(contextlib.ExitStack())

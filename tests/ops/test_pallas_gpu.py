@@ -113,6 +113,13 @@ def test_masks_of_channel_gates(steps):
                 np.testing.assert_allclose(later * found, later * (until[down][:, None] - until[tokens]), atol=1e-12)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_all_blocks_that_may_be_asked_for(interpreter, wide):
+    """The widest columns and most stages, which `for_shape` chooses for more heads than the interpreter has time for."""
+    blocks = gpu.Blocks(columns=64, stages=4, late_stages=1, places=2) if wide else gpu.Blocks(16, 2, 2, places=1)
+    compare(interpreter, **case(1, 100, 4, 1, 1, 64, 64, "scalar"), blocks=dataclasses.asdict(blocks))
+
+
 def shapes(length, steps, heads, value_heads, key_dim, value_dim, gate, dtype="bfloat16"):
     sizes = [(heads, key_dim), (steps, heads, key_dim), (steps, value_heads, value_dim), (steps, value_heads)]
     arguments = [jax.ShapeDtypeStruct((1, length, *size), dtype) for size in sizes]
