@@ -77,7 +77,12 @@ class ShuffledBatches:
         return {"next_example": self._next_example}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Continue at the position that `get_state` returned, whatever the batch size was then."""
+        """Continue at the position that `get_state` returned, whatever the batch size was then.
+
+        `{"next_index": n}`, which older versions returned, counts batches of this batch size.
+        """
+        if "next_index" in state:
+            state = {"next_example": state["next_index"] * self._batch_size}
         self._next_example = state["next_example"]
         self._batches = self._start(self._next_example)
 
@@ -96,7 +101,8 @@ class Dataset:
       chance: accuracy of guessing with equal probability; None: not a sensible baseline.
       tokenizer: of tasks made of text.
       validation_text: raw bytes of the validation documents, one after the other; of tasks made of text.
-      bytes_per_target: bytes over targets in the validation documents; None: not made of text. Mean loss in
+      bytes_per_target: bytes over targets in the validation documents; None: not made of text, or of text that the
+        tokenizer does not preserve. Mean loss in
         nats over (ln 2 * bytes_per_target) is bits per byte: exact over the whole validation split for any
         tokenizer, over any part of it for the byte tokenizer, whose value is 1.
       augment: (training example, random generator) -> example, another one each time; None: as they are.

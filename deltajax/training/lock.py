@@ -57,8 +57,10 @@ def lock(workdir: Path, patience: float = 0.0) -> Iterator[None]:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "since": started}
         file.write(json.dumps(owner))
         file.flush()
-        yield
-        file.truncate(0)
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def check_path(workdir: Path) -> None:

@@ -215,7 +215,7 @@ class Run:
             result["examples_scored"] = self.iterator.scored
         result["seconds"] = self.seconds
         result |= {k: v for row in rows for k, v in row.items() if k.startswith(("validation_", "bits_per_byte"))}
-        if self.dataset.validation_text:
+        if self.bits_per_nat is not None:
             result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
         guess = {} if self.dataset.chance is None else {"chance": self.dataset.chance}
         result |= guess
