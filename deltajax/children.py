@@ -2,12 +2,14 @@
 
 A child is started through this file, which forks a guard and then becomes the command. The parent
 holds one end of a pipe. When it is gone, however it ended, the guard sees the pipe close and kills
-the child's process group. Linux's PR_SET_PDEATHSIG is no substitute: it follows the thread that
-started the child, it does not reach the child's own children, and other systems have no such signal.
+the child's process group. It does the same with what a child leaves behind. Linux's PR_SET_PDEATHSIG
+is no substitute: it follows the thread that started the child, it does not reach the child's own
+children, and other systems have no such signal.
 
 Needs nothing but Python's standard library.
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -61,12 +63,15 @@ def _become(lifeline: int, command: list[str]) -> None:
 
 
 def _guard(lifeline: int, running: int, child: int) -> None:
-    """Wait until either pipe closes: the parent's or, once it has ended, the child's."""
+    """Wait until the parent or the child is gone, then kill what is left of the child's group."""
     os.setsid()  # signals to the child's group do not reach the guard
     for number in (0, 1, 2):  # who reads the child's output waits until all have closed it
         os.close(number)
     ready, _, _ = select.select([lifeline, running], [], [])
-    if lifeline in ready and running not in ready:
+    if lifeline not in ready:  # the child is ending, or has only closed the pipe
+        while os.getppid() == child and not select.select([lifeline], [], [], 0.1)[0]:
+            pass
+    with contextlib.suppress(OSError):  # nothing is left
         os.killpg(child, signal.SIGKILL)
     os._exit(0)
 

@@ -11,6 +11,7 @@ Time is counted in ticks of the watch, not by the clock: a process that was star
 would otherwise find everybody late.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -215,12 +216,18 @@ class Attendance:
         self._lost_ticks = self._failed_ticks = 0
         self._gone: list[int] | None = None  # once it is decided
         self._decided = threading.Event()
+        self._has_left = False
         self._speaker = threading.Lock()  # held by the thread that has the last word
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
         self._thread.start()
+        atexit.register(self._leave_at_exit)  # before JAX's own, which waits for the others
+
+    def _leave_at_exit(self) -> None:
+        if not self._has_left:
+            self.leave(int(hasattr(sys, "last_exc")))
 
     def last_word(self, error: Exception) -> str:
         """What to say of an error of JAX: who is gone, or if nobody is, the error itself; and what is kept.
@@ -241,7 +248,12 @@ class Attendance:
         self._code = code
         if self.index:
             self._peers[0].send(f"{OVER}{code}")
-        self._thread.join()
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:
+            if not code:
+                raise
+        self._has_left = True
         if code:
             end(code)
 
@@ -253,7 +265,8 @@ class Attendance:
             tick = time.monotonic() + TICK_SECONDS
             while self._gone is None:
                 self._receive(selector, tick)
-                if time.monotonic() >= tick:  # after what has come was read: this process may have been stopped
+                if time.monotonic() >= tick:
+                    self._receive(selector, 0)  # what came while this process was stopped, if it was
                     tick = time.monotonic() + TICK_SECONDS
                     self._tick()
                 if self._gone is None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from deltajax import train
 from deltajax.training.lock import InUse, lock
 
-ENDING_SECONDS = 15.0  # that a run before this one, which was killed, may take to end
-
 
 def main() -> None:
     """Everything that a run prints goes to its log; only the answers go to the first stdout."""
@@ -25,7 +23,7 @@ def main() -> None:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
         try:
-            with contextlib.suppress(ValueError), lock(Path(run["log"]).parent, ENDING_SECONDS):
+            with contextlib.suppress(ValueError), lock(Path(run["folder"]), run["patience"]):
                 pass
             code = train.main(["train", *run["flags"]])
         except InUse as error:

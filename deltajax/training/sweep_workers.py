@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deltajax.training.sweeps import Member
 
 CONFIG_FILE = "member.json"  # in a member's folder: the config that its run was started with
+ENDING_SECONDS = 15.0  # that a run before this one, which was killed, may take to end
 
 
 class Worker:
@@ -26,7 +27,7 @@ class Worker:
         self._workdir, self._cores = workdir, cores
         self._process: asyncio.subprocess.Process | None = None
 
-    async def train(self, member: Member) -> str | None:
+    async def train(self, member: "Member") -> str | None:
         """Run `deltajax.train` to its end; None, or why it failed.
 
         Raises:
@@ -41,7 +42,8 @@ class Worker:
         flags += [f"--config.{key}={value}" for key, value in member.changes.items()]
         process = self._process = self._process or await self._start()
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps({"log": str(folder / "log.txt"), "flags": flags}).encode() + b"\n")
+        run = {"folder": str(folder), "log": str(folder / "log.txt"), "flags": flags, "patience": ENDING_SECONDS}
+        process.stdin.write(json.dumps(run).encode() + b"\n")
         answer = await process.stdout.readline()
         if answer.strip() == b"0":
             return None
