@@ -121,7 +121,7 @@ def test_who_ends_as_all_do_is_not_gone(code, processes, ended, capfd):
     assert ended == [1] * COUNT * code
 
 
-def test_an_error_of_a_collective(processes, ended, monkeypatch):
+def test_an_error_of_a_collective(processes, ended, monkeypatch, capfd):
     """The main thread says who is gone, or the error itself if nobody is."""
     error = jax.errors.JaxRuntimeError("INTERNAL: closed\nat a place")
     run = processes(0, 1, 3)
@@ -133,6 +133,7 @@ def test_an_error_of_a_collective(processes, ended, monkeypatch):
     run.ends[2].close()
     said = run.watches[1].last_word(error)
     assert said == "process 2 of 4 is gone; kept; to continue start all of them again"
+    assert run.said(capfd) == [gone("process 2 of 4 is")]  # the watch of the third
 
 
 def test_a_relay_holds_what_the_service_has_closed():

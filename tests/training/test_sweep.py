@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -203,6 +204,21 @@ def test_a_killed_sweep_takes_its_workers_along(tmp_path):
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
+
+
+def test_a_sweep_that_is_told_to_stop_lets_its_member_save(tmp_path):
+    (member,) = sweeps.members(FILE, ["group=S3"])
+    folder = tmp_path / member.name
+    with start_sweep(tmp_path, "--grid=group=S3", "--config.steps=1000000") as sweeping:
+        deadline = time.monotonic() + 120
+        while not (folder / metrics.FILE).exists() or not metrics.read_rows(folder):
+            assert time.monotonic() < deadline, "nothing is trained"
+            time.sleep(0.05)
+        sweeping.terminate()
+        err = sweeping.communicate(timeout=120)[1]
+    assert err == "error: interrupted; 0 of 1 members are complete, the same command continues\n"
+    log = (folder / "log.txt").read_text()
+    assert re.search(r"error: stopped by SIGTERM; last good checkpoint: step \d+, the same command continues\n", log)
 
 
 def test_a_member_in_use_is_left_out(tmp_path, monkeypatch, capfd):
