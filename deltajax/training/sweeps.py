@@ -5,7 +5,6 @@ import collections
 import csv
 import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import os
@@ -13,8 +12,7 @@ import re
 import signal
 import sys
 import time
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,15 @@ from deltajax.errors import RunError
 from deltajax.layers.param import count_params
 from deltajax.models import registry
 from deltajax.training import checkpoint, metrics, overrides, serialize
-from deltajax.training.config import TrainConfig, call, load_config, load_experiment, slug, split_arguments
+from deltajax.training.config import (
+    TrainConfig,
+    call,
+    load_config,
+    load_experiment,
+    parameters_of,
+    slug,
+    split_arguments,
+)
 
 COLUMNS = ("status", "step", "set", "position", "metric", "value")  # after one column per setting
 CONFIG = "config."
@@ -81,10 +87,10 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
         if twice is not None:
             raise ValueError(f"--grid: {twice} is given twice; its values are joined by commas")
     else:
-        takes = _parameters(module, "get_grid")
-        tables = call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path)
+        takes = parameters_of(module, "get_grid")
+        tables = _check_grid(call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path), path)
         # What only get_grid takes is meant for it; what neither takes get_config shall complain about.
-        arguments = {k: v for k, v in arguments.items() if k not in takes or k in _parameters(module, "get_config")}
+        arguments = {k: v for k, v in arguments.items() if k not in takes or k in parameters_of(module, "get_config")}
     found = []
     for settings in _products([tables] if isinstance(tables, Mapping) else tables):
         of_file = arguments | {k: v for k, v in settings.items() if not k.startswith(CONFIG)}
@@ -101,8 +107,24 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
     return found
 
 
-def _parameters(module: types.ModuleType, name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(getattr(module, name, lambda: None)).parameters
+def _check_grid(tables: Any, path: str) -> Sequence[Mapping[str, Iterable[Any]]]:
+    """What `get_grid` returned, as a list."""
+    listed = [tables] if isinstance(tables, Mapping) else tables
+    values = [pair for table in listed for pair in table.items()] if _are(listed, Mapping) else [(None, None)]
+    if not all(isinstance(name, str) and _are(of_name, object) for name, of_name in values):
+        raise ValueError(
+            f"--config={path}: get_grid() must return mappings from names to lists of values, got {str(tables)[:80]}"
+        )
+    return listed
+
+
+def _are(values: Any, kind: type) -> bool:
+    """Whether it is a collection, neither text nor a mapping, of these."""
+    return (
+        isinstance(values, Collection)
+        and not isinstance(values, str | bytes | Mapping)
+        and all(isinstance(value, kind) for value in values)
+    )
 
 
 def _parse_grid(text: str) -> tuple[str, list[str]]:
