@@ -24,14 +24,17 @@ def check_types(config: Any) -> None:
     Raises:
       ValueError: names the field, the value, its type and what is allowed.
     """
-    for name, hint in _hints(type(config)).items():
+    kind: Any = type(config)
+    for name, hint in _hints(kind).items():
         value = getattr(config, name)
-        converted = _convert(value, hint, f"{_title(type(config))}.{name}")
+        converted = _convert(value, hint, f"{_title(kind)}.{name}")
         if converted is not value:
             object.__setattr__(config, name, converted)
 
 
-_hints = functools.cache(typing.get_type_hints)
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _title(kind: type) -> str:
@@ -77,12 +80,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 return value if same else made
     elif origin is not None and issubclass(origin, Mapping):
         if isinstance(value, Mapping):
-            made = {
+            entries = {
                 _convert(k, arguments[0], f"a key of {where}"): _convert(v, arguments[1], f"{where}[{k!r}]")
                 for k, v in value.items()
             }
-            same = all(x is y for x, y in zip((*made, *made.values()), (*value, *value.values()), strict=False))
-            return value if same else made
+            pairs = zip((*entries, *entries.values()), (*value, *value.values()), strict=False)
+            return value if all(x is y for x, y in pairs) else entries
     elif dataclasses.is_dataclass(hint):
         if type(value) is hint:  # of a subclass nothing else knows
             return value

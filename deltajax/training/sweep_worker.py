@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 
-from deltajax import train
+from deltajax import streams, train
 
 
 def main() -> None:
     """Everything that a run prints goes to its log; only the answers go to the first stdout."""
+    streams.protect()
     answers = os.fdopen(os.dup(1), "w")
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(0)

@@ -141,7 +141,7 @@ def test_errors(model):
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **{field: value})
-    with pytest.raises(ValueError, match="network must be resnet.Config or efficientnet.Config, got"):
+    with pytest.raises(ValueError, match=r"network must be resnet.Config or efficientnet.Config, got"):
         dataclasses.replace(CONFIG, network=moving_digits.Config())
 
 

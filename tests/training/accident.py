@@ -1,6 +1,6 @@
 """The training command line with an accident at an exact moment: `accident.py WHAT STEP <flags of deltajax.train>`.
 
-WHAT: `kill` and `interrupt`, `terminate` (SIGKILL, SIGINT, SIGTERM) when the row of STEP is written; `kill_saved`, the same as
+WHAT: `kill` and `interrupt`, `terminate`, `hang_up` (SIGKILL, SIGINT, SIGTERM, SIGHUP twice) when the row of STEP is written; `kill_saved`, the same as
 `kill` once the save of the step before it has ended; `kill_at_save`, `kill_in_save` and `kill_before_commit` (SIGKILL) when
 all are to start the save of STEP together, when it is being written and when it is about to get its final name;
 `full` (no file may grow past a few kB) from STEP on.
@@ -32,8 +32,9 @@ def now(at: int) -> None:
         while what == "kill_saved" and not (workdir / "checkpoints" / str(step - 1)).exists():
             assert time.monotonic() < deadline, f"the checkpoint of step {step - 1} was not saved"
             time.sleep(0.05)
-        number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(what, signal.SIGKILL)
-        os.kill(os.getpid(), number)
+        numbers = {"interrupt": [signal.SIGINT], "terminate": [signal.SIGTERM], "hang_up": [signal.SIGHUP] * 2}
+        for number in numbers.get(what, [signal.SIGKILL]):
+            os.kill(os.getpid(), number)
 
 
 def after_row(write):

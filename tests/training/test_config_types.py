@@ -146,7 +146,7 @@ def test_numbers(kind, name):
         (lambda: lm.Config(264, 8, ("a",), None), "lm.Config.mixers must be a mapping from text to "),
         (
             lambda: lm.Config(264, 8, ("a",), {"a": None}),
-            "lm.Config.mixers['a'] must be attention.Config, delta.Config or linear_attention.Config, got None (NoneType)",
+            "lm.Config.mixers['a'] must be attention.Config, delta.Config or linear_attention.Config, got None",
         ),
         (lambda: ucf101.Config("a", "b", split=True), "ucf101.Config.split must be one of 1, 2, 3, got True (bool)"),
         (lambda: TrainConfig(LM, DATA, 11.5), "TrainConfig.steps must be an integer, got 11.5 (float)"),
