@@ -1,6 +1,7 @@
 """The training command line with an accident at an exact moment: `accident.py WHAT STEP <flags of deltajax.train>`.
 
-WHAT: `kill` and `interrupt`, `terminate`, `hang_up` (SIGKILL, SIGINT, SIGTERM, SIGHUP twice) when the row of STEP is written; `kill_saved`, the same as
+WHAT: `kill`, `interrupt`, `terminate` and `hang_up` (SIGKILL, SIGINT, SIGTERM, SIGHUP twice) when the row of STEP is written;
+`kill_saved`, the same as
 `kill` once the save of the step before it has ended; `kill_at_save`, `kill_in_save` and `kill_before_commit` (SIGKILL) when
 all are to start the save of STEP together, when it is being written and when it is about to get its final name;
 `full` (no file may grow past a few kB) from STEP on.
