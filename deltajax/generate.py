@@ -49,7 +49,7 @@ def _generate(values: flags.FlagValues) -> bytes:
     if not hasattr(registry.module_of(config.model), "init_state") or not found.progress["tokenizer"]:
         raise ValueError(f"--workdir={values.workdir}: it holds no language model of text")
     how = dataclasses.replace(config.sampling, **given)
-    tokenizer = data.load_tokenizer(config.data.tokenizer)
+    tokenizer = data.load_tokenizer(config.data.tokenizer, config.data.special_tokens)
     if tokenizer.identity != found.progress["tokenizer"]:
         raise ValueError(f"tokenizer: {config.data.tokenizer!r} is not the one that the model was trained with")
     key = jax.random.key(values.seed)

@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.DEFINE_string("input", None, "folder, file, glob, several joined by commas, or 'stdlib'", flag_values=values)
     flags.DEFINE_string("output", None, "new folder for the shards", flag_values=values)
     flags.DEFINE_string("tokenizer", "byte", "'byte' or a Hugging Face tokenizers JSON file", flag_values=values)
+    flags.DEFINE_bool(
+        "special_tokens", False, "special tokens that a text spells become themselves", flag_values=values
+    )
     flags.DEFINE_integer("shards", 8, "files per split", 1, flag_values=values)
     flags.DEFINE_float("validation_fraction", 0.05, "expected part of the documents held out", flag_values=values)
 
@@ -47,7 +50,7 @@ def _convert(values: flags.FlagValues) -> None:
     index = write_shards(
         values.output,
         tqdm(read_documents(values.input, values.validation_fraction), unit=" documents", delay=1),
-        load_tokenizer(values.tokenizer),
+        load_tokenizer(values.tokenizer, values.special_tokens),
         num_shards=values.shards,
         validation_fraction=values.validation_fraction,
     )

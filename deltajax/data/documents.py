@@ -2,6 +2,8 @@
 
 import glob
 import hashlib
+import itertools
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,13 +31,14 @@ def find_files(corpus: str) -> list[Path]:
     """The files of a corpus, sorted by path, each once.
 
     Args:
-      corpus: a folder (all its files, recursively, without hidden ones), a file, a glob pattern (with `**`),
-        several of these joined by commas, or "stdlib": the running interpreter's own library, `*.py` without
-        tests and installed packages.
+      corpus: a folder (all its files, recursively and through links, without hidden ones), a file, a glob
+        pattern (with `**`), several of these joined by commas, or "stdlib": the running interpreter's own
+        library, `*.py` without tests and installed packages. A folder that is reached twice counts once.
 
     Raises:
       FileNotFoundError: a part names nothing.
-      ValueError: a part names a folder without files, or shards whose conversion was not completed.
+      ValueError: a part names a folder without files, or shards whose conversion was not completed; or there
+        is a folder that cannot be read, a link that leads nowhere, or something else than a file.
     """
     if corpus == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -47,7 +50,7 @@ def find_files(corpus: str) -> list[Path]:
 
 def _files_of_part(part: str) -> list[Path]:
     path = Path(part).expanduser()
-    found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+    found = [path] if path.exists() else _matches(path)
     if not part or not found:
         raise FileNotFoundError(f"corpus: nothing found at {part!r}; allowed: {ALLOWED}")
     files = [file for path in found for file in (_files_in(path) if path.is_dir() else [path])]
@@ -59,9 +62,34 @@ def _files_of_part(part: str) -> list[Path]:
     return files
 
 
+def _matches(pattern: Path) -> list[Path]:
+    """Return what a glob pattern matches."""
+    if "**" in pattern.parts:  # glob leaves out folders that it cannot read
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+        for _ in os.walk(Path(*fixed), onerror=_unreadable, followlinks=False):
+            pass
+    return [Path(p) for p in glob.glob(str(pattern), recursive=True)]
+
+
 def _files_in(folder: Path) -> list[Path]:
-    visible = (f for f in folder.rglob("*") if not any(p.startswith(".") for p in f.relative_to(folder).parts))
-    return [f for f in visible if f.is_file()]
+    files, visited = [], set()
+    for root, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        here = os.path.realpath(root)
+        if here in visited:
+            folders.clear()
+            continue
+        visited.add(here)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            if not path.is_file():
+                what = "a link that leads nowhere" if path.is_symlink() else "neither a file nor a folder"
+                raise ValueError(f"corpus: {str(path)!r} is {what}; remove it or name the files by a pattern")
+            files.append(path)
+    return files
+
+
+def _unreadable(error: OSError) -> None:
+    raise ValueError(f"corpus: {str(error.filename)!r} cannot be read: {error.strerror}") from None
 
 
 def split_of(content: bytes, validation_fraction: float) -> Split:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 import grain
@@ -54,6 +54,39 @@ def half_of(source: Source, half: str) -> Source:
     return source if half == "all" else Half(source, int(half == "odd"))
 
 
+class ShuffledBatches:
+    """An endless iterator of batches whose position is counted in examples."""
+
+    def __init__(self, start: Callable[[int], Iterator[Batch]], batch_size: int):
+        """`start` returns the batches that begin with an example; batch_size: examples of a global batch."""
+        self._start, self._batch_size = start, batch_size
+        self._batches, self._next_example = start(0), 0
+
+    def __iter__(self) -> "ShuffledBatches":
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next batch."""
+        batch = next(self._batches)
+        self._next_example += self._batch_size
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Return the position as JSON."""
+        return {"next_example": self._next_example}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Continue at the position that `get_state` returned, whatever the batch size was then.
+
+        `{"next_index": n}`, which older versions returned, counts batches of this batch size.
+        """
+        if "next_index" in state:
+            state = {"next_example": state["next_index"] * self._batch_size}
+        self._next_example = state["next_example"]
+        self._batches = self._start(self._next_example)
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A task ready to train on. Every task's `load` returns one, so the trainer knows no task.
@@ -68,7 +101,8 @@ class Dataset:
       chance: accuracy of guessing with equal probability; None: not a sensible baseline.
       tokenizer: of tasks made of text.
       validation_text: raw bytes of the validation documents, one after the other; of tasks made of text.
-      bytes_per_target: bytes over targets in the validation documents; None: not made of text. Mean loss in
+      bytes_per_target: bytes over targets in the validation documents; None: not made of text, or of text that the
+        tokenizer does not preserve. Mean loss in
         nats over (ln 2 * bytes_per_target) is bits per byte: exact over the whole validation split for any
         tokenizer, over any part of it for the byte tokenizer, whose value is 1.
       augment: (training example, random generator) -> example, another one each time; None: as they are.
@@ -100,12 +134,12 @@ class Dataset:
         *,
         updates: int = 0,
         score: Callable[[Batch], np.ndarray] | None = None,
-    ) -> grain.DatasetIterator[Batch] | SelectedBatches:
+    ) -> "ShuffledBatches | SelectedBatches":
         """Endless batches: the rows of this process, a contiguous slice of each global batch.
 
         Without selection the examples are shuffled anew each epoch; a batch may span two epochs, so none is dropped. The
-        state, `{"next_index": step}`, is the same on every process and for every number of processes. With a selection
-        the policy decides, and `SelectedBatches.observe` must follow every batch.
+        state, `{"next_example": n}`, is the same on every process, for every number of processes and for every batch
+        size. With a selection the policy decides, and `SelectedBatches.observe` must follow every batch.
 
         Args:
           process_index, process_count: of the readers of a batch.
@@ -119,7 +153,10 @@ class Dataset:
         if isinstance(self.selection, Shuffled):
             examples = grain.MapDataset.source(self.train).seed(self.seed).shuffle().repeat()
             augmented = examples.__getitem__ if self.augment is None else lambda i: self._augmented(examples[i], i)
-            return self._batches(augmented, sys.maxsize, process_index, process_count)
+            return ShuffledBatches(
+                lambda first: self._batches(augmented, sys.maxsize, process_index, process_count, first),
+                self.batch_size,
+            )
         rows = self._rows(process_index, process_count)
 
         def unavailable(batch: Batch) -> np.ndarray:
@@ -168,12 +205,17 @@ class Dataset:
         )
 
     def _batches(
-        self, example: Callable[[int], Any], num_batches: int, process_index: int, process_count: int
+        self,
+        example: Callable[[int], Any],
+        num_batches: int,
+        process_index: int,
+        process_count: int,
+        first_example: int = 0,
     ) -> grain.DatasetIterator[Batch]:
         rows = self._rows(process_index, process_count)
 
         def batch(step: int) -> Batch:
-            first = step * self.batch_size + process_index * rows
+            first = first_example + step * self.batch_size + process_index * rows
             return _stack([example(i) for i in range(first, first + rows)])
 
         return iter(grain.MapDataset.range(num_batches).map(batch).to_iter_dataset(READ_OPTIONS))

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import lzma
+import sys
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from deltajax.data import documents, shards
 from deltajax.data.loader import Dataset, half_of
 from deltajax.data.packing import Documents, FullWindows, PackedWindows
-from deltajax.data.tokenizer import Tokenizer, load_tokenizer
+from deltajax.data.tokenizer import Tokenizer, load_tokenizer, text_problem
 from deltajax.errors import check_integers, check_types
 from deltajax.hard_batches import Selection, Shuffled
 
@@ -33,6 +34,8 @@ class Config:
       evaluation_windows: in each of these at most.
       half: train on all windows, or on those of even or odd index only, to score the others (`deltajax.score`).
       selection: which windows the next update learns from, see `hard_batches`.
+      special_tokens: special tokens that are spelled in a document, such as "<|endoftext|>", become
+        themselves. By default a document is text, whatever it spells.
 
     Raises:
       ValueError: a field is out of its range.
@@ -48,6 +51,7 @@ class Config:
     evaluation_windows: int = 128
     half: Literal["all", "even", "odd"] = "all"
     selection: Selection = dataclasses.field(default_factory=Shuffled)
+    special_tokens: bool = False
 
     def __post_init__(self):
         """Check every field."""
@@ -75,7 +79,7 @@ def load(config: Config) -> Dataset:
       FileNotFoundError: the corpus or the tokenizer's file does not exist.
       ValueError: no text in a split, or shards that are foreign, torn or made with other settings.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.special_tokens)
     train: Documents
     validation: Documents
     if shards.is_converted(config.corpus):
@@ -95,6 +99,14 @@ def load(config: Config) -> Dataset:
         if not len(windows):
             longest = int(np.max(validation.lengths - 1))
             raise ValueError(f"lengths: {name} is longer than every held-out document; allowed: up to {longest}")
+    held_out = (validation.read(n, 0, int(length)) for n, length in enumerate(validation.lengths))
+    problem = text_problem(tokenizer, held_out, text)
+    if problem:
+        print(
+            f"warning: tokenizer {config.tokenizer!r}: {problem} in the validation text; bits per byte, which "
+            "would compare it with compressors, are not reported",
+            file=sys.stderr,
+        )
     return Dataset(
         evaluations=evaluations,
         train=half_of(sources["train"], config.half),
@@ -105,7 +117,7 @@ def load(config: Config) -> Dataset:
         selection=config.selection,
         tokenizer=tokenizer,
         validation_text=text,
-        bytes_per_target=len(text) / int(np.sum(validation.lengths - 1)),
+        bytes_per_target=None if problem else len(text) / int(np.sum(validation.lengths - 1)),
         fingerprint=_fingerprint(tokenizer.identity, text, train.lengths, validation.lengths),
     )
 

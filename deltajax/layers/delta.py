@@ -13,8 +13,8 @@ from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
 from deltajax.ops import IMPLEMENTATIONS, delta_product, delta_product_step
+from deltajax.ops.opaque import zero_state
 from deltajax.ops.over_mesh import over_mesh, spread_over
-from deltajax.ops.zero_state import zero_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
 from deltajax.ops.linear_attention import linear_attention, linear_attention_step
-from deltajax.ops.zero_state import zero_state
+from deltajax.ops.opaque import zero_state
 
 
 @dataclasses.dataclass(frozen=True)

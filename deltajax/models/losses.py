@@ -15,8 +15,18 @@ def cross_entropy_sums(
 def cross_entropies(
     logits: Float[Array, "*batch classes"], targets: Int[Array, "*batch"], weights: Float[Array, "*batch"]
 ) -> dict[str, Float[Array, "*batch"]]:
-    """What `cross_entropy_sums` sums."""
-    logits, weights = logits.astype(jnp.float32), weights.astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    right = jnp.argmax(logits, axis=-1) == targets
-    return {"loss": losses * weights, "accuracy": right * weights, "weight": weights}
+    """Return what `cross_entropy_sums` sums.
+
+    Places of weight 0 contribute nothing, neither value nor gradient, whatever their logits and
+    targets are (such as a target of -100, or logits that are not finite). A target outside
+    [0, classes) whose weight is not 0 makes the loss NaN.
+    """
+    weights = weights.astype(jnp.float32)
+    counted = weights != 0
+    # Selected before the loss, so that whatever an uncounted place holds has no gradient either.
+    logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0)
+    labels = jnp.where(counted, targets, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = jnp.where((labels >= 0) & (labels < logits.shape[-1]), losses, jnp.nan)
+    right = jnp.argmax(logits, axis=-1) == labels
+    return {"loss": jnp.where(counted, losses * weights, 0), "accuracy": right * weights, "weight": weights}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from deltajax.ops.opaque import opaque, zero_state
 from deltajax.ops.segments import segment_starts
-from deltajax.ops.zero_state import zero_state
 
 CHUNK = 64  # tokens whose scores are formed at once
 LOWEST_GATE = -1000.0  # exp of it is 0 in every float type, and sums of it stay finite
@@ -50,6 +50,11 @@ def linear_attention(
     if segment_ids is not None:
         g = jnp.zeros((batch, length, heads), dtype) if g is None else g
         g = jnp.where(segment_starts(segment_ids)[..., None], -jnp.inf, g)
+    if initial_state is None:
+        initial_state = zero_state((batch, heads, key_dim, v.shape[-1]), dtype)
+    if q.size == 0 or v.size == 0:
+        return jnp.zeros_like(v), initial_state.astype(dtype)
+    q, k, v, g, initial_state = opaque(q, k, v, g, initial_state)
     size = min(CHUNK, length)
     chunks = -(-length // size)
 
@@ -67,8 +72,6 @@ def linear_attention(
         written, total = x
         return total * state + written, state
 
-    if initial_state is None:
-        initial_state = zero_state((batch, heads, key_dim, v.shape[-1]), dtype)
     total = jnp.broadcast_to(total, (batch, heads, chunks, 1, 1))
     each_chunk = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (written, total))
     state, states = jax.lax.scan(after, initial_state.astype(dtype), each_chunk)

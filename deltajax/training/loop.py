@@ -24,8 +24,10 @@ from deltajax.models import registry
 from deltajax.training import activation_log, distributed, metrics, optimizer, pretrained, sampling, serialize, watch
 from deltajax.training import mesh as mesh_lib
 from deltajax.training.attendance import Attendance, is_of_runtime
-from deltajax.training.checkpoint import Checkpoints, lock
+from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
+from deltajax.training.lock import lock
+from deltajax.training.position import check_position, data_position, selection_of
 from deltajax.training.step import Step, TrainState
 
 
@@ -63,6 +65,8 @@ def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
 def _go_on(config: TrainConfig, workdir: Path, checkpoints: Checkpoints, step: Step) -> None:
     """From the last checkpoint, or from the start, to the summary."""
     restored = checkpoints.restore(step.abstract, config)
+    if not restored:
+        distributed.on_first(checkpoints.check_not_lost)
     summary = workdir / "summary.json"
     result = distributed.on_first(lambda: _read_summary(summary))
     if restored and restored[0] >= config.steps and result:
@@ -82,7 +86,7 @@ def make_step(config: TrainConfig, devices: Sequence[Any] | None = None) -> Step
     mesh = mesh_lib.make_mesh(config.mesh, devices)
     mesh_lib.check_batch(config.data.batch_size, config.grad_accumulation, mesh)
     mesh_lib.check_sequence(getattr(config.data, "seq_len", None), mesh)
-    by_example = isinstance(getattr(config.data, "selection", None), ExamplePolicy)
+    by_example = isinstance(selection_of(config.data), ExamplePolicy)
     return _make_step(
         config.model,
         config.optimizer,
@@ -123,12 +127,13 @@ class Run:
         self.bits_per_nat = None if text is None else 1 / (math.log(2) * text)  # bits per byte for one nat per target
         self.iterator = dataset.train_iterator(*step.reading_group, updates=config.steps, score=self._score_batch)
         self.best_loss = math.inf
-        self.step = 0
+        self.step = self.examples = 0
         if restored:
             self.step, self.state, progress = restored
             self._check_same_data(progress)
             check_policy(dataset.selection, progress["iterator"])
-            self.iterator.set_state(progress["iterator"])
+            self.examples, position = data_position(progress, self.step)
+            self.iterator.set_state(position)
             self.best_loss = progress["best_loss"]
             changed = serialize.differences(progress["config"], config)
             print(f"continuing after step {self.step}" + (f" with changed {'; '.join(changed)}" if changed else ""))
@@ -174,6 +179,7 @@ class Run:
                 if unread is not None:
                     self._report(self.step, *unread)
                 self.step, unread = self.step + 1, values
+                self.examples += self.dataset.batch_size
                 last = self.step == config.steps
                 evaluate = last or self.step % config.evaluation.every == 0
                 save = last or self.step % config.checkpoint.every == 0
@@ -182,9 +188,10 @@ class Run:
                 if evaluate or save or asked:
                     streak = self._report(self.step, *unread)
                     unread = None
-                    loss = self._evaluate() if evaluate else None
+                    before, loss = self.best_loss, self._evaluate() if evaluate else None
                     stopping = asked is not None and not last
-                    if (save or stopping or (loss is not None and loss == self.best_loss)) and not streak:
+                    # Parameters that no update follows are suspect. But the run's last ones are its result.
+                    if (save or stopping or self.best_loss < before) and (not streak or last):
                         self._save(loss)
                     if not stopping:
                         continue
@@ -203,12 +210,12 @@ class Run:
         if not distributed.is_first():
             return
         rows = metrics.read_rows(self.workdir)
-        result: dict[str, Any] = {"steps": self.step, "examples": self.step * self.dataset.batch_size}
+        result: dict[str, Any] = {"steps": self.step, "examples": self.examples}
         if isinstance(self.iterator, SelectedBatches):
             result["examples_scored"] = self.iterator.scored
         result["seconds"] = self.seconds
         result |= {k: v for row in rows for k, v in row.items() if k.startswith(("validation_", "bits_per_byte"))}
-        if self.dataset.validation_text:
+        if self.bits_per_nat is not None:
             result["baselines"] = data.compressed_bits_per_byte(self.dataset.validation_text)
         guess = {} if self.dataset.chance is None else {"chance": self.dataset.chance}
         result |= guess
@@ -278,7 +285,8 @@ class Run:
         total = {k: np.sum([x[k] for x in jax.device_get(sums)], dtype=np.float64) for k in sums[0]}
         row = {f"validation_{k}": float(x / total["weight"]) for k, x in total.items() if k != "weight"}
         loss = row["validation_loss"]
-        self.best_loss = min(self.best_loss, loss)
+        if math.isfinite(loss):
+            self.best_loss = min(self.best_loss, loss)
         if self.bits_per_nat is not None:
             row["bits_per_byte"] = loss * self.bits_per_nat
         self.writer.write(self.step, **row)
@@ -313,6 +321,7 @@ class Run:
         return {k: np.sum([np.atleast_1d(x[k]) for x in sums], axis=0, dtype=np.float64) for k in sums[0]}
 
     def _check_same_data(self, progress: dict[str, Any]) -> None:
+        check_position(progress["config"].data, self.config.data)
         now = self._identities()
         if progress["tokenizer"] != now["tokenizer"]:
             raise ValueError("data.tokenizer is not the one of the checkpoint")
@@ -321,6 +330,7 @@ class Run:
 
     def _save(self, loss: float | None) -> None:
         progress = {"iterator": self.iterator.get_state(), "best_loss": self.best_loss, **self._identities()}
+        progress["examples"] = self.examples
         progress["seconds"] = self.seconds + time.perf_counter() - self._clock
         self.checkpoints.save(self.step, self.state, self.config, progress, loss)
 

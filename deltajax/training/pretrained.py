@@ -12,7 +12,7 @@ from deltajax.errors import RunError
 from deltajax.interop import vision
 from deltajax.layers.param import abstract_params
 from deltajax.models import frames, registry
-from deltajax.training import distributed
+from deltajax.training import checksums, distributed
 from deltajax.training import mesh as mesh_lib
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
@@ -57,11 +57,17 @@ def load(
         )
         for step in steps:
             found, problem = None, None
+            sums: dict[str, checksums.Sums] = {}
             try:
-                found = _read(checkpoints, step, mesh)
+                found, sums = _read(checkpoints, step, mesh)
             except RunError as error:
                 problem = str(error)
             problem = distributed.first_problem(problem)
+            if found is not None and not problem:
+                try:
+                    checkpoints.check_model(step, found.progress, found.params, found.stats, sums)
+                except RunError as error:
+                    problem = str(error)
             if found is not None and not problem:
                 return found
             if step == steps[-1]:
@@ -71,7 +77,9 @@ def load(
     raise AssertionError  # there is a step, or opening has failed
 
 
-def _read(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh | None) -> Pretrained:
+def _read(
+    checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh | None
+) -> tuple[Pretrained, dict[str, checksums.Sums]]:
     progress = checkpoints.progress(step)
     config = progress["config"]
     module = registry.module_of(config.model)
@@ -84,8 +92,8 @@ def _read(checkpoints: Checkpoints, step: int, mesh: jax.sharding.Mesh | None) -
     def laid_out(shapes, shardings):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-    params, stats = checkpoints.restore_model(step, laid_out(params, of_params), laid_out(stats, of_stats))
-    return Pretrained(config, step, params, stats, progress)
+    params, stats, sums = checkpoints.restore_model(step, laid_out(params, of_params), laid_out(stats, of_stats))
+    return Pretrained(config, step, params, stats, progress), sums
 
 
 def begin_from(path: Path, state: TrainState, model: Any) -> TrainState:

@@ -22,7 +22,7 @@ import tqdm
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
 from deltajax.models import registry
-from deltajax.training import checkpoint, metrics, overrides, serialize
+from deltajax.training import metrics, overrides, serialize
 from deltajax.training.config import (
     TrainConfig,
     call,
@@ -32,6 +32,7 @@ from deltajax.training.config import (
     slug,
     split_arguments,
 )
+from deltajax.training.lock import lock
 
 COLUMNS = ("status", "step", "set", "position", "metric", "value")  # after one column per setting
 CONFIG = "config."
@@ -154,7 +155,7 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
     if table.is_dir():
         raise ValueError(f"--csv={table}: must be a file, is a folder")
     table.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.lock(workdir):
+    with lock(workdir):
         older = {field for member in found for field in _check_folder(member, workdir / member.name)}
         if older:
             print(

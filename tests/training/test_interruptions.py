@@ -18,8 +18,9 @@ from training_runs import HERE, TINY, losses, start
 
 from deltajax import data
 from deltajax.training import loop, watch
-from deltajax.training.checkpoint import Checkpoints, lock
+from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import Evaluation
+from deltajax.training.lock import lock
 from deltajax.training.loop import make_step
 
 

@@ -9,8 +9,8 @@ from absl import logging
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops.delta_rule import chunked, reference, sequence_parallel
+from deltajax.ops.opaque import zero_state
 from deltajax.ops.segments import segment_starts
-from deltajax.ops.zero_state import zero_state
 from pallas_kernels import cpu, gpu, platform, tpu
 from pallas_kernels.manual_axes import vary_alike
 

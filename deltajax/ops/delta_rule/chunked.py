@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltajax.ops.opaque import opaque
 from pallas_kernels.manual_axes import vary_alike
 
 ROWS = 32  # rows of a chunk: fewer make the matrix products small, more make scores and substitution dominate
@@ -33,6 +34,7 @@ def delta_product(q, k, v, beta, g, initial_state, *, scale: float):
 
     The backward keeps the inputs and the state before each block of chunks, and recomputes the rest.
     """
+    q, k, v, beta, g, initial_state = opaque(q, k, v, beta, g, initial_state)
     batch, length, steps, heads, value_dim = v.shape
     rows = ROWS // 2 if max(k.shape[-1], value_dim) <= SMALL_DIM else ROWS
     tokens = min(_power_of_two_up_to(max(rows // steps, 1)), _power_of_two_up_to(2 * length - 1))
