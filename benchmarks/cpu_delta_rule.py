@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import table
+from deltajax import children
 from deltajax.ops import delta_rule
 
 PEER = """
@@ -78,7 +79,7 @@ def peer(python, *shape):
     """The same calls answered by a process with torch."""
     command = [python, "-c", PEER, *map(str, shape), str(os.cpu_count())]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(**children.tied(command), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     atexit.register(process.kill)
 
     def run(what):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import table
+from deltajax import children
 from deltajax.ops import delta_product
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -99,7 +100,8 @@ def machine_code(module: bytes, toolchain: Path) -> dict[str, str]:
         folder, toolchain = Path(name), toolchain.resolve()
         (folder / "module").write_bytes(module)
         (folder / "driver.c").write_text(DRIVER)
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "driver.c"], check=True)
+        driver = ["cc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "driver.c"]
+        subprocess.run(**children.tied(driver), check=True)
         dump = folder / "dump"
         dump.mkdir()
         settings = {
@@ -113,7 +115,8 @@ def machine_code(module: bytes, toolchain: Path) -> dict[str, str]:
         plugin = toolchain / "jax_plugins/xla_cuda13/xla_cuda_plugin.so"
         # It dies where it would load the code, for want of a driver. What counts is whether there is code.
         command = [sys.executable, "-c", COMPILE, str(plugin), str(folder / "module")]
-        done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+        tied = children.tied(command)
+        done = subprocess.run(**tied, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
         files = {kind: "".join(file.read_text() for file in dump.glob(f"*.{kind}")) for kind in ("ptxas", "sass_ctrl")}
         if not all(files.values()):
             raise RuntimeError(f"no machine code: {done.stderr.strip()[-500:]}")

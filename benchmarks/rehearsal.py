@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from benchmarks import table
+from deltajax import children
 
 EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "pod.py")
 _MODELS = flags.DEFINE_list("models", ["deltanet-340m", "deltanet-1.3b"], "names of deltajax.models.named")
@@ -59,7 +60,7 @@ def rehearse(model: str, topology: str) -> dict[str, object]:
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))
     config = f"{EXPERIMENT}:model={model},batch_size={chips}"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, config, topology], capture_output=True, text=True, check=False
+        **children.tied([sys.executable, "-c", PROGRAM, config, topology]), capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{model} on {topology}: {done.stderr.strip().splitlines()[-1]}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import app, flags
 
 from benchmarks import table
+from deltajax import children
 from deltajax.training import metrics
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "first_run.py"
@@ -41,7 +42,9 @@ def start(workdir: Path, count: int) -> list[subprocess.Popen]:
     command += [f"--config.{key}={value}" for key, value in keys.items()]
     return [
         subprocess.Popen(
-            [*command, f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"],
+            **children.tied(
+                [*command, f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+            ),
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

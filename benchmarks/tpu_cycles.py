@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from benchmarks import table
+from deltajax import children
 from deltajax.training import hlo
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -120,7 +121,8 @@ def compile_program(generation: str, implementation: str, what: str, steps: int,
         }
         sizes = map(str, (LENGTH, steps, HEADS, DIM))
         command = [sys.executable, "-c", PROGRAM, TOPOLOGY[generation], implementation, what, *sizes]
-        done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+        tied = children.tied(command)
+        done = subprocess.run(**tied, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
         cycles: dict[str, int] = {}
         for file in Path(folder).glob("*static_llo_profile*"):
             found = re.findall(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)', file.read_text())

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from deltajax import children
+
 
 class WorkerError(RuntimeError):
     """No answer; the message is one line that says why."""
@@ -54,7 +56,7 @@ class Worker:
             self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
             try:
                 self.process = subprocess.Popen(
-                    self.command,
+                    **children.tied(self.command),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self.complaints,

@@ -36,17 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action(changes: dict[str, str]) -> None:
         nonlocal several
         # Here, so that Ctrl-C while JAX is imported is one line too.
-        from deltajax.training import distributed, loop, overrides, rehearsal
+        from deltajax.training import attendance, distributed, loop, overrides, rehearsal
         from deltajax.training.config import default_workdir, load_config
 
         path = values.config
         if not path:
             raise ValueError("--config: an experiment file is missing, e.g. --config=experiments/first_run.py")
         config = overrides.apply(load_config(path), changes)
-        several = distributed.start(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
-        with contextlib.nullcontext() if distributed.is_first() else contextlib.redirect_stdout(io.StringIO()):
-            program = rehearsal.load(Path(values.executable), config) if values.executable else None
-            loop.run(config, Path(values.workdir or default_workdir(path)), program)
+        with attendance.explained():
+            several = True  # from the roll call on the others watch this process
+            distributed.start(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
+            with contextlib.nullcontext() if distributed.is_first() else contextlib.redirect_stdout(io.StringIO()):
+                program = rehearsal.load(Path(values.executable), config) if values.executable else None
+                loop.run(config, Path(values.workdir or default_workdir(path)), program)
+        distributed.finish()
 
     code = cli.run(action, values, __doc__ or "", argv)
     if several and code:

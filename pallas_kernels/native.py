@@ -22,6 +22,8 @@ import jax
 import jaxlib.version
 from absl import logging
 
+from deltajax import children
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 COMPILERS = ("c++", "g++", "clang++")
 PATIENCE = 300  # seconds for a compiler
@@ -151,4 +153,5 @@ def _compile(path: Path, command: list[str], kept: Path, written: Path) -> None:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=PATIENCE)
+    tied = children.tied(command)
+    return subprocess.run(**tied, capture_output=True, text=True, errors="replace", check=True, timeout=PATIENCE)

@@ -1,16 +1,14 @@
 """Several processes of one run: how they find each other, and what only the first of them does.
 
 JAX's distributed runtime connects them. It aborts the process, traceback and all, when one does not come, and tells nobody which;
-so before it starts, every process answers a roll call at the coordinator's address.
+so before it starts, every process answers a roll call at the coordinator's address (`attendance`).
 """
 
-import contextlib
 import functools
 import itertools
 import json
 import os
-import socket
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +19,15 @@ from jax._src.clusters import ClusterEnv  # the only way to ask for what a clust
 from jax.experimental import multihost_utils
 
 from deltajax.errors import RunError
+from deltajax.training import attendance, relay
 
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
-ROLL = "deltajax roll call: "  # before what process 0 answers
 MESSAGE_BYTES = 4096  # of what one process tells the others
+ENDING_SECONDS = 10.0  # that JAX's runtime has to end after a run that is complete
 MEETING_SECONDS = 3600  # that a process which has compiled a program waits for the others
 
 
@@ -74,10 +73,14 @@ def start(
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"--coordinator must be host:port, got {settings['coordinator']!r}")
     if index == 0:
-        _call_the_roll(int(port), count, timeout)
+        present = attendance.call_the_roll(int(port), count, timeout)
+        address = f"{host}:{port}"
     else:
-        _answer_the_roll(host, int(port), index, count, timeout)
-    jax.distributed.initialize(f"{host}:{port}", count, index, initialization_timeout=timeout)
+        present = attendance.answer_the_roll(host, int(port), index, count, timeout)
+        address = relay.start(host, int(port))
+    attendance.current = present
+    present.start()
+    jax.distributed.initialize(address, count, index, initialization_timeout=timeout)
     return True
 
 
@@ -88,79 +91,17 @@ def _integer(name: str, value: Any) -> int:
         raise ValueError(f"--{name} must be an integer, got {value!r}") from None
 
 
-def _call_the_roll(port: int, count: int, timeout: int) -> None:
-    """Process 0: wait until every other one has come, and tell them all whether to go on."""
-    deadline = time.monotonic() + timeout
-    came: dict[int, tuple[socket.socket, str]] = {}
-    greeted, verdict = [], ""
-    try:
-        server = socket.create_server(("", port))
-    except OSError as error:
-        raise RunError(f"--coordinator: port {port} cannot be used on this host ({error.strerror})") from None
-    with server, contextlib.ExitStack() as connections:
-        while len(came) < count - 1 and not verdict:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                connection, (host, *_) = server.accept()
-            except TimeoutError:
-                break
-            connections.enter_context(connection)
-            connection.settimeout(5)
-            try:
-                index, theirs = map(int, connection.makefile().readline().split())
-            except (OSError, ValueError):  # someone else knocked
-                continue
-            greeted.append(connection)
-            if theirs != count:
-                verdict = f"--num_processes is {count} on process 0 and {theirs} on process {index} ({host})"
-            elif index in came and not _is_closed(came[index][0]):
-                verdict = f"--process_id={index} was given to two processes ({came[index][1]} and {host})"
-            came[index] = (connection, host)
-        missing = sorted(set(range(1, count)) - set(came))
-        if missing and not verdict:
-            there = ", ".join(f"{index} on {host}" for index, (_, host) in sorted(came.items())) or "none"
-            absent = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))} of {count}"
-            verdict = f"{absent} did not come within {timeout} s (came, besides 0: {there})"
-        for connection in greeted:
-            with contextlib.suppress(OSError):  # it has died since; then JAX will miss it
-                connection.sendall(f"{ROLL}{verdict}\n".encode())
-    if verdict:
-        raise RunError(verdict)
-
-
-def _is_closed(connection: socket.socket) -> bool:
-    """Whether the other side has gone, perhaps to be started again."""
-    connection.setblocking(False)
-    try:
-        return connection.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def _answer_the_roll(host: str, port: int, index: int, count: int, timeout: int) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise RunError(f"process 0 of --coordinator={host}:{port} did not come within {timeout} s")
-        try:
-            with socket.create_connection((host, port), timeout=left) as connection:
-                connection.sendall(f"{index} {count}\n".encode())
-                connection.settimeout(timeout + 10)
-                verdict = connection.makefile(errors="replace").readline()
-        except socket.gaierror as error:
-            raise RunError(f"--coordinator={host}:{port}: no such host ({error.strerror})") from None
-        except OSError:
-            verdict = ""
-        if verdict:
-            break
-        time.sleep(min(0.2, max(left, 0)))  # process 0 is not there yet
-    if not verdict.startswith(ROLL):
-        raise RunError(f"--coordinator={host}:{port}: what answers there is not process 0 of this run")
-    if verdict.removeprefix(ROLL).strip():
-        raise RunError(verdict.removeprefix(ROLL).strip())
+def finish() -> None:
+    """Wait until all processes of this run have done their part, then end JAX's runtime; a single process does nothing."""
+    if attendance.current is None:
+        return
+    attendance.leave(0)
+    # Nobody watches from here on, and JAX would wait for minutes for a process that is killed now.
+    end = threading.Timer(ENDING_SECONDS, attendance.end, (0,))
+    end.daemon = True
+    end.start()
+    jax.distributed.shutdown()
+    end.cancel()
 
 
 def is_first() -> bool:

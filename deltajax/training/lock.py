@@ -12,6 +12,8 @@ from pathlib import Path
 
 from deltajax.errors import RunError
 
+IN_USE = "is in use by another run"  # what `InUse` says of a workdir, and who it is
+
 
 class InUse(RunError):
     """A workdir belongs to another run that has not ended."""
@@ -49,9 +51,7 @@ def lock(workdir: Path, patience: float = 0.0) -> Iterator[None]:
                 if time.monotonic() < until:
                     time.sleep(0.1)
                     continue
-                raise InUse(
-                    f"{workdir} is in use by another run{_owner(file)}; wait for it or choose another --workdir"
-                ) from None
+                raise InUse(f"{workdir} {IN_USE}{_owner(file)}; wait for it or choose another --workdir") from None
         file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "since": started}
@@ -80,10 +80,22 @@ def check_path(workdir: Path) -> None:
 
 
 def _owner(file) -> str:
-    """Return " (process 7 on host, ...)" as the holder of a lock wrote it, or "" if it is not readable."""
+    """Return " (process 7 on host, ...)" as the holder of a lock wrote it, or "" if it has not done so yet."""
     try:
         file.seek(0)
         owner = json.loads(file.read())
+        if owner["host"] == socket.gethostname() and not _is_alive(owner["pid"]):
+            return ""  # the one before, which was killed
         return f" (process {owner['pid']} on {owner['host']} since {owner['since']}: {owner['command'][:200]})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True

@@ -21,9 +21,18 @@ from deltajax.errors import RunError
 from deltajax.hard_batches import ExamplePolicy
 from deltajax.layers.param import count_params
 from deltajax.models import registry
-from deltajax.training import activation_log, distributed, metrics, optimizer, pretrained, sampling, serialize, watch
+from deltajax.training import (
+    activation_log,
+    attendance,
+    distributed,
+    metrics,
+    optimizer,
+    pretrained,
+    sampling,
+    serialize,
+    watch,
+)
 from deltajax.training import mesh as mesh_lib
-from deltajax.training.attendance import Attendance, is_of_runtime
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
 from deltajax.training.lock import lock
@@ -48,7 +57,7 @@ def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
     with contextlib.ExitStack() as stack:
         distributed.on_first(lambda: stack.enter_context(lock(workdir)))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
-        attendance = stack.enter_context(Attendance(checkpoints.kept))
+        attendance.keep(checkpoints.kept)
         try:
             _go_on(config, workdir, checkpoints, step)
         except KeyboardInterrupt:
@@ -56,10 +65,9 @@ def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
         except UnrankableLoss as error:
             raise RunError(f"{error}; {checkpoints.kept()}") from None
         except (jax.errors.JaxRuntimeError, ValueError, RunError) as error:
-            if jax.process_count() == 1 or not is_of_runtime(error):
-                raise
-            checkpoints.abandon()
-            raise RunError(attendance.last_word(error)) from error
+            if jax.process_count() > 1 and attendance.is_of_runtime(error):
+                checkpoints.abandon()
+            raise
 
 
 def _go_on(config: TrainConfig, workdir: Path, checkpoints: Checkpoints, step: Step) -> None:

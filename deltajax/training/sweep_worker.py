@@ -1,11 +1,14 @@
 """A worker of a sweep: reads one run a line from stdin, trains it, answers with its exit code; ends when stdin does."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 from deltajax import streams, train
+from deltajax.training.lock import InUse, lock
 
 
 def main() -> None:
@@ -20,7 +23,13 @@ def main() -> None:
         with open(run["log"], "ab") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
-        code = train.main(["train", *run["flags"]])
+        try:
+            with contextlib.suppress(ValueError), lock(Path(run["folder"]), run["patience"]):
+                pass
+            code = train.main(["train", *run["flags"]])
+        except InUse as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 1
         sys.stdout.flush()
         sys.stderr.flush()
         print(code, file=answers, flush=True)

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,11 +31,11 @@ from deltajax.training.config import (
     slug,
     split_arguments,
 )
-from deltajax.training.lock import lock
+from deltajax.training.lock import InUse, lock
+from deltajax.training.sweep_workers import CONFIG_FILE, Worker, share
 
 COLUMNS = ("status", "step", "set", "position", "metric", "value")  # after one column per setting
 CONFIG = "config."
-CONFIG_FILE = "member.json"  # in a member's folder: the config that its run was started with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +149,7 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
     Raises:
       ValueError: the table is a folder or one of something else, or a member's folder holds a run of another config; nothing
         was trained.
-      RunError: interrupted, or some members failed; all others are complete by then.
+      RunError: interrupted, or some members failed or belong to other runs; all others are complete by then.
     """
     if table.is_dir():
         raise ValueError(f"--csv={table}: must be a file, is a folder")
@@ -166,9 +165,10 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
         waiting = [member for member in found if not _is_complete(member, workdir)]
         print(f"{len(found)} members, {len(found) - len(waiting)} of them complete; results in {table}", flush=True)
         failures: dict[str, str] = {}
+        busy: list[str] = []
         write = functools.partial(write_table, found, workdir, table, failures, bins, others)
         try:
-            asyncio.run(_run_all(waiting, workdir, failures, jobs, write))
+            asyncio.run(_run_all(waiting, workdir, failures, busy, jobs, write))
         except KeyboardInterrupt:
             complete = sum(_is_complete(member, workdir) for member in found)
             raise RunError(
@@ -178,9 +178,14 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
     if failures:
         name, reason = next(iter(failures.items()))
         raise RunError(f"{len(failures)} of {len(found)} members failed; the first is {name}: {reason}")
+    if busy:
+        raise RunError(
+            f"{len(busy)} of {len(found)} members are in use by other runs; the first is {busy[0]}; "
+            "the same command trains what is missing"
+        )
 
 
-async def _run_all(waiting, workdir, failures, jobs, write):
+async def _run_all(waiting, workdir, failures, busy, jobs, write):
     """Let `jobs` workers take members from one queue; a worker that dies takes one member with it and is replaced."""
     queue = collections.deque(waiting)
     bar = tqdm.tqdm(total=len(waiting), unit="run", disable=not sys.stderr.isatty())
@@ -191,10 +196,14 @@ async def _run_all(waiting, workdir, failures, jobs, write):
         try:
             while queue:
                 member, started = queue.popleft(), time.perf_counter()
-                reason = await worker.train(member)
-                if reason is not None:
-                    failures[member.name] = reason
-                outcome = f"failed: {reason}" if reason is not None else _describe(workdir / member.name)
+                try:
+                    reason = await worker.train(member)
+                    if reason is not None:
+                        failures[member.name] = reason
+                    outcome = f"failed: {reason}" if reason is not None else _describe(workdir / member.name)
+                except InUse as error:
+                    busy.append(member.name)
+                    outcome = f"left out: {error}"
                 bar.update()
                 bar.clear()
                 seconds = time.perf_counter() - started
@@ -204,74 +213,7 @@ async def _run_all(waiting, workdir, failures, jobs, write):
             await worker.close()
 
     with bar:
-        await asyncio.gather(*(work(cores) for cores in _share(jobs)))
-
-
-class Worker:
-    """A process that trains one member after the other: it imports and compiles once what they share."""
-
-    def __init__(self, workdir: Path, cores: set[int] | None):
-        """Nothing is started before the first member."""
-        self._workdir, self._cores = workdir, cores
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def train(self, member: Member) -> str | None:
-        """Run `deltajax.train` to its end; None, or why it failed."""
-        folder = self._workdir / member.name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(serialize.to_json(member.config)))
-        if self._process is not None and self._process.returncode is not None:
-            self._process = None  # it was killed between two members
-        flags = [f"--config={member.path}", f"--workdir={folder}"]
-        flags += [f"--config.{key}={value}" for key, value in member.changes.items()]
-        process = self._process = self._process or await self._start()
-        assert process.stdin and process.stdout
-        process.stdin.write(json.dumps({"log": str(folder / "log.txt"), "flags": flags}).encode() + b"\n")
-        answer = await process.stdout.readline()
-        if answer.strip() == b"0":
-            return None
-        if not answer:
-            self._process = None
-            code = await process.wait()
-            return (
-                f"its process ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
-            )
-        lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].removeprefix("error: ")
-
-    async def _start(self) -> asyncio.subprocess.Process:
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(self._workdir / ".jax_cache")}
-        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "deltajax.training.sweep_worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=cache | dict(os.environ),
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its workers
-        )
-        if self._cores:
-            os.sched_setaffinity(process.pid, self._cores)  # before JAX, not imported yet, counts them
-        return process
-
-    async def close(self) -> None:
-        """Let the run in progress save, and end the process."""
-        if self._process is not None and self._process.returncode is None:
-            assert self._process.stdin
-            self._process.stdin.close()
-            self._process.send_signal(signal.SIGTERM)
-            await self._process.wait()
-        self._process = None
-
-
-def _share(jobs: int) -> list[set[int] | None]:
-    """The cores of each job: an equal part, or all of them where they cannot be told apart or do not suffice."""
-    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
-        return [None] * jobs
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) // jobs
-    return [set(cores[i * each : (i + 1) * each]) if each else {cores[i % len(cores)]} for i in range(jobs)]
+        await asyncio.gather(*(work(cores) for cores in share(jobs)))
 
 
 def _check_folder(member: Member, folder: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """The training command line with an accident at an exact moment: `accident.py WHAT STEP <flags of deltajax.train>`.
 
-WHAT: `kill`, `interrupt`, `terminate` and `hang_up` (SIGKILL, SIGINT, SIGTERM, SIGHUP twice) when the row of STEP is written;
-`kill_saved`, the same as
-`kill` once the save of the step before it has ended; `kill_at_save`, `kill_in_save` and `kill_before_commit` (SIGKILL) when
-all are to start the save of STEP together, when it is being written and when it is about to get its final name;
-`full` (no file may grow past a few kB) from STEP on.
+WHAT is how a process ends, perhaps followed by when, as in `kill_in_save`; with STEP = 0 nothing happens.
+How: `kill`, `stop`, `interrupt`, `terminate` (SIGKILL, SIGSTOP, SIGINT, SIGTERM), `raise`, `exit` (`os._exit`);
+`hangup` (SIGHUP twice, as a terminal that closes may send it);
+`full` (no file may grow past a few kB) from then on.
+When: the row of STEP is written; `saved`, the same once the save of the step before it has ended; `at_save`, `in_save`
+and `before_commit`, all are to start the save of STEP together, it is being written, it is about to get its final name;
+`in_start`, `in_compile`, `at_end`, in each of these phases.
 """
 
 import os
@@ -14,28 +16,53 @@ import sys
 import time
 from pathlib import Path
 
-from deltajax import train
-from deltajax.training import checkpoint, metrics
+import jax
 
-what, step = sys.argv[1], int(sys.argv[2])
+from deltajax import train
+from deltajax.training import attendance, checkpoint, loop, metrics
+
+how, _, when = sys.argv[1].partition("_")
+step = int(sys.argv[2])
 workdir = next((Path(flag.partition("=")[2]) for flag in sys.argv if flag.startswith("--workdir=")), Path())
 del sys.argv[1:3]
+SIGNALS = {
+    "interrupt": signal.SIGINT,
+    "terminate": signal.SIGTERM,
+    "hangup": signal.SIGHUP,
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+}
 
 
 def now(at: int) -> None:
     """Let the accident happen if its moment has come."""
-    if at != step:
+    global step
+    if at != step or not step:
         return
-    if what == "full":
+    deadline = time.monotonic() + 60
+    while when == "saved" and not (workdir / "checkpoints" / str(step - 1)).exists():
+        assert time.monotonic() < deadline, f"the checkpoint of step {step - 1} was not saved"
+        time.sleep(0.05)
+    step = 0  # once
+    if how == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    elif how == "raise":
+        raise LookupError("an accident")
+    elif how == "exit":
+        os._exit(3)
     else:
-        deadline = time.monotonic() + 60
-        while what == "kill_saved" and not (workdir / "checkpoints" / str(step - 1)).exists():
-            assert time.monotonic() < deadline, f"the checkpoint of step {step - 1} was not saved"
-            time.sleep(0.05)
-        numbers = {"interrupt": [signal.SIGINT], "terminate": [signal.SIGTERM], "hang_up": [signal.SIGHUP] * 2}
-        for number in numbers.get(what, [signal.SIGKILL]):
-            os.kill(os.getpid(), number)
+        for _ in range(2 if how == "hangup" else 1):
+            os.kill(os.getpid(), SIGNALS[how])
+
+
+def before(function):
+    """The accident, whatever the step, then the function."""
+
+    def wrapped(*arguments, **named):
+        now(step)
+        return function(*arguments, **named)
+
+    return wrapped
 
 
 def after_row(write):
@@ -75,12 +102,20 @@ def before_rename(event, arguments):
         now(step)
 
 
-if what == "kill_in_save":
+if when == "in_save":
     checkpoint.Checkpoints.save = after_start(checkpoint.Checkpoints.save)  # type: ignore[method-assign]
-elif what == "kill_at_save":
+elif when == "at_save":
     checkpoint._Manager.save = before_start(checkpoint._Manager.save)
-elif what == "kill_before_commit":
+elif when == "before_commit":
     sys.addaudithook(before_rename)
+elif when == "in_start":
+    jax.distributed.initialize = before(jax.distributed.initialize)
+elif when == "in_compile":
+    loop.Run.train = before(loop.Run.train)  # type: ignore[method-assign]
+elif when == "at_end":
+    loop.Run.finish = before(loop.Run.finish)  # type: ignore[method-assign]
+elif when == "leaving":
+    attendance.leave = before(attendance.leave)
 else:
     for writer in (metrics.Writer, metrics.Silence):  # of the first process, of the others
         writer.write = after_row(writer.write)  # type: ignore[method-assign]

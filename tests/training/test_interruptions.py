@@ -63,7 +63,7 @@ def test_killed_at_random_steps_and_in_saves(finished, tmp_path, run_train):
     assert_same_run(workdir, finished)
 
 
-@pytest.mark.parametrize("what, name", [("interrupt", "SIGINT"), ("terminate", "SIGTERM"), ("hang_up", "SIGHUP")])
+@pytest.mark.parametrize("what, name", [("interrupt", "SIGINT"), ("terminate", "SIGTERM"), ("hangup", "SIGHUP")])
 def test_signals_save_and_end_in_one_line(what, name, finished, tmp_path, run_train):
     """The step in flight is finished and saved."""
     workdir = tmp_path / "run"

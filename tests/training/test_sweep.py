@@ -1,9 +1,15 @@
 """Sweeps: which members there are, what of them ends in the table, what is done again."""
 
 import asyncio
+import contextlib
 import csv
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,8 +17,9 @@ from training_runs import HERE, ROOT
 
 from deltajax import data, sweep
 from deltajax.models import lm
-from deltajax.training import metrics, pretrained, sweeps
+from deltajax.training import metrics, pretrained, sweep_workers, sweeps
 from deltajax.training.config import default_workdir, load_config
+from deltajax.training.lock import lock
 
 FILE = str(HERE / "tiny_sweep.py")
 
@@ -163,6 +170,71 @@ def test_a_member_that_is_killed_leaves_the_others(tmp_path, monkeypatch):
             await worker.close()
 
     assert asyncio.run(kill_in_the_first_and_after_the_second()) is None
+
+
+def start_sweep(workdir, *arguments):
+    command = [sys.executable, "-m", "deltajax.sweep", f"--config={FILE}:rates=1", f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_owner(folder) -> int:
+    """The process that trains in this folder, once one does."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((folder / ".lock").read_text())["pid"]
+        time.sleep(0.05)
+    raise AssertionError(f"nobody trains in {folder}")
+
+
+def test_a_killed_sweep_takes_its_workers_along(tmp_path):
+    """The pipe of their output closes and their locks are free once they are gone."""
+    folders = [tmp_path / member.name for member in sweeps.members(f"{FILE}:rates=1")]
+    with start_sweep(tmp_path, "--jobs=2") as killed:
+        workers = [wait_for_owner(folder) for folder in folders]
+        killed.kill()
+        assert killed.communicate(timeout=60)[0].count("\n") == 1
+    assert killed.pid not in workers and workers[0] != workers[1]
+    for folder in (tmp_path, *folders):
+        with lock(folder):
+            pass
+
+
+def test_a_member_in_use_is_left_out(tmp_path, monkeypatch, capfd):
+    """It is no failure of the member; the message says whose it is."""
+    found = sweeps.members(f"{FILE}:rates=1")
+    monkeypatch.setattr(sweep_workers, "ENDING_SECONDS", 0.0)
+    with contextlib.ExitStack() as stack:
+        for member in found:
+            stack.enter_context(lock(tmp_path / member.name))
+        assert sweep.main(["sweep", f"--config={FILE}:rates=1", f"--workdir={tmp_path}"]) == 1
+    out, err = capfd.readouterr()
+    assert out.count(f"in use by another run (process {os.getpid()} on ") == 2
+    assert err == (
+        f"error: 2 of 2 members are in use by other runs; the first is {found[0].name}; "
+        "the same command trains what is missing\n"
+    )
+    assert read(tmp_path / "results.csv") == []
+
+
+def test_a_member_waits_for_a_run_that_is_ending(tmp_path):
+    """The lock is free a moment after the worker has asked for it; then it trains, here with a mistake."""
+    (member,) = sweeps.members(FILE, ["group=S3"])
+    member = dataclasses.replace(member, changes={"steps": "few"})
+    folder = tmp_path / member.name
+
+    async def train():
+        worker = sweeps.Worker(tmp_path, None)
+        try:
+            with lock(folder):
+                task = asyncio.create_task(worker.train(member))
+                while not (folder / "log.txt").exists():
+                    await asyncio.sleep(0.01)
+            return await task
+        finally:
+            await worker.close()
+
+    assert asyncio.run(train()).startswith("--config.steps=few: ")
 
 
 def test_a_damaged_member_does_not_stop_the_table(swept, tmp_path):

@@ -94,7 +94,18 @@ def run_together(workdir: Path, accidents: list[tuple[str, int]], *arguments: st
         out, err = process.communicate()
         return Ended(process.returncode, out, err, time.monotonic())
 
-    with ThreadPoolExecutor(len(processes)) as threads:
+    stopped = [process for process, (what, step) in zip(processes, accidents, strict=True) if step and "stop" in what]
+
+    def end_stopped() -> None:
+        """A stopped process goes on when all others have ended."""
+        for process in processes:
+            if process not in stopped:
+                process.wait()
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+
+    with ThreadPoolExecutor(len(processes) + 1) as threads:
+        threads.submit(end_stopped)
         return list(threads.map(end, processes))
 
 
