@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -296,9 +297,27 @@ def split_arguments(path: str) -> tuple[str, dict[str, str]]:
 
 
 def default_workdir(path: str) -> Path:
-    """`runs/<name of the file>`, with the arguments if there are any."""
+    """`runs/<name of the file>`, with the arguments if there are any.
+
+    Raises:
+      ValueError: only the folder is there that an older deltajax would have used, for this run or for another one.
+    """
     file, arguments = split_arguments(path)
-    return Path("runs") / "-".join([Path(file).stem, *(slug(f"{k}={v}") for k, v in arguments.items())])
+    given = [f"{k}={v}" for k, v in arguments.items()]
+    workdir, older = (Path("runs") / "-".join([Path(file).stem, *map(f, given)]) for f in (folder_name, slug))
+    if workdir != older and older.is_dir() and not workdir.is_dir():
+        raise ValueError(
+            f"--workdir: {older} may hold this run or one whose arguments look alike there; "
+            f"choose --workdir={older} to continue it or --workdir={workdir} to begin"
+        )
+    return workdir
+
+
+def folder_name(text: str) -> str:
+    """A name for a folder that no other text has: that of `slug`, and a digest where it loses something."""
+    short = slug(text)[:200]
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    return short if short == text else f"{short}-{digest[:8]}"
 
 
 def slug(text: str) -> str:

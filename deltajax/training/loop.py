@@ -75,8 +75,8 @@ def _go_on(config: TrainConfig, workdir: Path, checkpoints: Checkpoints, step: S
     restored = checkpoints.restore(step.abstract, config)
     if not restored:
         distributed.on_first(checkpoints.check_not_lost)
-    summary = workdir / "summary.json"
-    result = distributed.on_first(lambda: _read_summary(summary))
+    summary = workdir / metrics.SUMMARY
+    result = distributed.on_first(lambda: metrics.read_summary(workdir))
     if restored and restored[0] >= config.steps and result:
         print(f"The run in {workdir} is complete: {_describe(result)}.")
         print("To continue it give a larger --config.steps; to start anew another --workdir.")
@@ -353,15 +353,6 @@ def check_fits(config: TrainConfig, dataset: data.Dataset) -> None:
         needed, there = getattr(dataset, name), getattr(config.model, name, None)
         if needed is not None and (there is None or there < needed):
             raise ValueError(f"model.{name} must be >= {needed}, as in the data, got {there}")
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    """What `finish` wrote last; None if the run is not complete."""
-    try:
-        result = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return result if isinstance(result, dict) and {"steps", "validation_loss"} <= result.keys() else None
 
 
 def _describe(summary: dict[str, Any]) -> str:
