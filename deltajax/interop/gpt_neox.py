@@ -115,9 +115,9 @@ def read_config(directory: str | Path) -> gpt_neox.Config:
         raw = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"weights: {path}: not JSON: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("rope_parameters") or {}, dict):
+    rope: Any = raw.get("rope_parameters") or {} if isinstance(raw, dict) else None
+    if not isinstance(rope, dict):
         raise ValueError(f"weights: {path}: not a model's config, which is a mapping, as is its rope_parameters")
-    rope = raw.get("rope_parameters") or {}
     expected = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
     for key, value in expected.items():
         if raw.get(key, value) != value:

@@ -251,7 +251,12 @@ class Run:
         key = jax.random.fold_in(jax.random.wrap_key_data(jax.device_get(self.state.rng)), self.step)
         config, tokenizer = self.config, self.dataset.tokenizer
         return sampling.continue_text(
-            self.state.params, config.model, tokenizer, config.prompt.encode(), key, config.sampling
+            self.state.params,
+            config.model,
+            tokenizer,
+            config.prompt.encode(errors="surrogateescape"),
+            key,
+            config.sampling,
         )
 
     def _report(self, step: int, values: dict[str, jax.Array], seen: dict[str, jax.Array] | None = None) -> float:

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_output_that_nobody_reads_and_no_code_has(tmp_path):
         assert (tmp_path / "summary.json").exists()
     assert r"\u65e5\u672c" in (tmp_path / "out").read_text()
     assert (tmp_path / "sample.txt").read_text(errors="replace").startswith("日本")
+
+
+def test_a_prompt_of_bytes_that_are_no_text(finished, tmp_path, run_train):
+    """As a command line has them; they are found only when the run has ended."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    assert run_train(workdir, "--config.prompt=\udcff")[0] == 0
+    assert (workdir / "sample.txt").read_bytes().startswith(b"\xff")
 
 
 def test_full_disk(finished, tmp_path, run_train):
