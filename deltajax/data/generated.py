@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from deltajax.data.loader import Dataset
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
 
 Example = dict[str, Int[np.ndarray, "L"] | Float[np.ndarray, "L"]]
 Draw = Callable[[np.random.Generator], Example]
@@ -68,10 +68,10 @@ class Config:
 
     def __post_init__(self):
         """Check every field."""
+        check_types(self)
         check_integers(self, 1, "seq_len", "batch_size", "train_examples", "validation_examples", "evaluation_examples")
         check_integers(self, 0, "seed")
-        object.__setattr__(self, "lengths", tuple(self.lengths))
-        if any(type(n) is not int or n < 1 for n in self.lengths):
+        if any(n < 1 for n in self.lengths):
             raise ValueError(f"lengths must be integers >= 1, got {self.lengths!r}")
 
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from deltajax.data.generated import ENDLESS, SPLITS, Generated
 from deltajax.data.loader import Dataset
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
 
 MOTIONS = ("up", "down", "left", "right", "clockwise", "counterclockwise")
 _STEPS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
@@ -51,6 +51,7 @@ class Config:
 
     def __post_init__(self):
         """Check every field."""
+        check_types(self)
         check_integers(self, 1, "stack", "batch_size", "train_examples", "validation_examples")
         check_integers(self, 0, "seed")
         check_integers(self, 24, "size")
@@ -58,7 +59,7 @@ class Config:
         check_number(self, "speed", 0)
         for name in ("noise", "flicker"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < 1:
+            if not 0 <= value < 1:
                 raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
         path = self.speed * (self.frames + self.stack - 2)
         if path > self.size - 16:

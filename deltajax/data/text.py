@@ -14,7 +14,7 @@ from deltajax.data import documents, shards
 from deltajax.data.loader import Dataset, half_of
 from deltajax.data.packing import Documents, FullWindows, PackedWindows
 from deltajax.data.tokenizer import Tokenizer, load_tokenizer, text_problem
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
 from deltajax.hard_batches import Selection, Shuffled
 
 
@@ -55,25 +55,21 @@ class Config:
 
     def __post_init__(self):
         """Check every field."""
+        check_types(self)
         for name in ("corpus", "tokenizer"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value:
+            if not value:
                 raise ValueError(f"{name}: got {value!r}; allowed: a string that is not empty")
         for name, low, high in (("seq_len", 1, 2**22), ("batch_size", 1, 2**31), ("seed", 0, 2**32)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+            if not low <= value < high:
                 raise ValueError(f"{name}: got {value!r}; allowed: an integer in [{low}, {high})")
         check_integers(self, 1, "evaluation_windows")
-        object.__setattr__(self, "lengths", tuple(self.lengths))
-        if any(type(n) is not int or n < 1 for n in self.lengths):
+        if any(n < 1 for n in self.lengths):
             raise ValueError(f"lengths: got {self.lengths!r}; allowed: integers >= 1")
         value = self.validation_fraction
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        if not 0 < value < 1:
             raise ValueError(f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded")
-        if self.half not in ("all", "even", "odd"):
-            raise ValueError(f"half: got {self.half!r}; allowed: all, even, odd")
-        if not isinstance(self.selection, Selection):
-            raise ValueError(f"selection: got {self.selection!r}; allowed: a policy of hard_batches")
 
 
 def load(config: Config) -> Dataset:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from deltajax.data.loader import Dataset
-from deltajax.errors import RunError, check_integers
+from deltajax.errors import RunError, check_integers, check_types
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which pretrained weights expect
 
@@ -52,13 +52,11 @@ class Config:
 
     def __post_init__(self):
         """Check every field."""
+        check_types(self)
         check_integers(self, 1, "stride", "size", "batch_size")
         check_integers(self, 2, "frames")
         check_integers(self, self.size, "resize")
         check_integers(self, 0, "seed")
-        for name, allowed in (("split", (1, 2, 3)), ("damaged", ("skip", "fail"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
 
 
 def load(config: Config) -> Dataset:

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from deltajax.data.loader import Dataset, half_of
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
 from deltajax.hard_batches import Selection, Shuffled
 
 Arrays = tuple[UInt8[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]
@@ -103,17 +103,9 @@ class Config:
 
     def __post_init__(self):
         """Check every field."""
-        for name, allowed in (
-            ("name", ("digits", *ARCHIVES)),
-            ("augment", ("none", "crop_flip")),
-            ("half", ("all", "even", "odd")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_types(self)
         check_integers(self, 1, "batch_size", "image_size")
         check_integers(self, 0, "seed")
-        if not isinstance(self.selection, Selection):
-            raise ValueError(f"selection must be a policy of hard_batches, got {self.selection!r}")
 
     @property
     def num_classes(self) -> int:

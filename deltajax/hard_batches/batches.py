@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
 
 State = dict[str, Any]
 
@@ -34,8 +34,7 @@ class BatchPolicy:
 
     def __post_init__(self):
         """Check ranges."""
-        if self.composition not in ("source", "seeded"):
-            raise ValueError(f"composition must be source or seeded, got {self.composition!r}")
+        check_types(self)
 
     def init(self, num_batches: int) -> State:
         """The state before the first update.

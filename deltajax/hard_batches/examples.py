@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
 
 State = dict[str, Any]
 
@@ -49,6 +49,7 @@ class ExamplePolicy:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 0, "seed")
 
     def init(self, num_examples: int, batch_size: int, updates: int) -> State:

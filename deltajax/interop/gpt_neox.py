@@ -113,9 +113,11 @@ def read_config(directory: str | Path) -> gpt_neox.Config:
         raise FileNotFoundError(f"weights: {str(directory)!r} holds no config.json")
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"weights: {path}: not JSON: {error}") from None
-    rope = raw.get("rope_parameters") or {}
+    rope: Any = raw.get("rope_parameters") or {} if isinstance(raw, dict) else None
+    if not isinstance(rope, dict):
+        raise ValueError(f"weights: {path}: not a model's config, which is a mapping, as is its rope_parameters")
     expected = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
     for key, value in expected.items():
         if raw.get(key, value) != value:
@@ -170,7 +172,9 @@ class _Tensors(Mapping):
         if index.exists():
             try:
                 self._file_of = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError):
+                if not all(isinstance(file, str) for file in self._file_of.values()):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"weights: {index}: not an index of safetensors shards") from None
             absent = sorted({f for f in self._file_of.values() if not (directory / f).exists()})
             if absent:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
 from deltajax.layers import linear
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, init_params
@@ -57,6 +57,7 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "num_heads", "head_dim", "num_kv_heads", "window")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even and >= 2, got {self.head_dim}")
@@ -67,8 +68,6 @@ class Config:
         check_number(self, "rope_fraction", 0, 1)
         if self.rotary_dims < 2 or self.rotary_dims % 2:
             raise ValueError(f"rope_fraction of head_dim must be even and >= 2, got {self.rotary_dims}")
-        if self.sink not in (None, "kv", "one"):
-            raise ValueError(f"sink must be none, kv or one, got {self.sink!r}")
 
     @property
     def rotary_dims(self) -> int:

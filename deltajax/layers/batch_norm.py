@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.errors import check_number
+from deltajax.errors import check_number, check_types
 from deltajax.layers.param import ParamSpec, is_spec
 
 
@@ -29,6 +29,7 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_number(self, "momentum", 0, 1)
         check_number(self, "eps", 0)
 

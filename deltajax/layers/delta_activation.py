@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from deltajax.errors import check_number
+from deltajax.errors import check_number, check_types
 from deltajax.layers.param import ParamSpec, init_params
 from deltajax.ops import delta_activation as ops
 
@@ -31,10 +31,8 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_number(self, "init_step", 0)
-        for name, allowed in (("steps", ("channel", "layer", "neuron")), ("step_gradient", ops.STEP_GRADIENTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 def param_specs(config: Config, shape: tuple[int, ...]) -> dict[str, ParamSpec]:

@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if values.csv:
             tables.write(values.csv, COLUMNS, table)
 
-    return cli.run(action, values, __doc__ or "", argv)
+    return cli.run(action, values, __doc__ or "", argv, result_is_printed=True)
 
 
 if __name__ == "__main__":

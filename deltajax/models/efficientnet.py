@@ -13,18 +13,12 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
 from deltajax.layers import batch_norm, classifier, conv2d, conv_norm, squeeze_excitation
 from deltajax.layers.activation import ACTIVATIONS, Name
 from deltajax.layers.param import count_params, init_params
 from deltajax.models.losses import cross_entropy_sums
 from deltajax.models.resnet import Tap
-
-
-def _check_activations(*names: str) -> None:
-    for name in names:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +39,8 @@ class Squeeze:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_number(self, "ratio", 0, 1)
-        if self.of not in ("input", "hidden"):
-            raise ValueError(f"of must be input or hidden, got {self.of!r}")
-        _check_activations(self.activation, self.gate)
 
     def reduced(self, channels: int, hidden: int) -> int:
         """Width between the two maps."""
@@ -81,16 +73,14 @@ class Stage:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "channels", "repeats", "kernel", "stride")
         if len(self.expansions) != self.repeats or not all(0 < x < math.inf for x in self.expansions):
             raise ValueError(
                 f"expansion must be a number > 0, or repeats = {self.repeats} of them, got {self.expansion!r}"
             )
-        if self.block not in ("inverted", "fused"):
-            raise ValueError(f"block must be inverted or fused, got {self.block!r}")
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {self.kernel}")
-        _check_activations(self.activation)
 
     @property
     def expansions(self) -> tuple[float, ...]:
@@ -133,13 +123,10 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "stem", "head", "head_hidden", "in_channels", "num_classes")
         if not self.stages:
             raise ValueError("stages must hold at least one stage, got ()")
-        _check_activations(self.activation)
-        for name, allowed in (("padding", ("symmetric", "same")), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a number in [0, 1), got {getattr(self, name)!r}")

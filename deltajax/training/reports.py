@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from deltajax.training import paired
 from deltajax.training.config import call, load_experiment
 from deltajax.training.figures import Curves, Tradeoff
-from deltajax.training.results import Row, Where, group, member, name_of, read, select
+from deltajax.training.results import Row, Where, group, member, name_of, read, select, unify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +177,13 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
     """The section in Markdown; its figures are written to `folder`."""
     parts = [f"## {report.title}", report.text.strip()]
     _check_columns(report, rows, name)
+    rows = unify(rows)
     failed = {member(row) for row in rows if row["status"] != "complete"}
     complete = {member(row) for row in rows if row["status"] == "complete"}
     table = os.path.relpath(folder / f"{name}.csv", page.parent)
     parts.append(f"{len(complete)} runs, [all their numbers]({table})" + f"; {len(failed)} failed" * bool(failed) + ".")
     more = [folder / f"{other}.csv" for other in report.also]
-    rows = [*rows, *(row for path in more if path.exists() for row in read(path))]
+    rows = unify([*rows, *(row for path in more if path.exists() for row in read(path))])
     if report.claims:
         parts.append("\n".join(check(claim, rows) for claim in report.claims))
     for shown in report.tables:

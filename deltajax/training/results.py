@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltajax.training import overrides
+
 Row = dict[str, str]
 Where = Mapping[str, Any]  # column -> value, or several allowed ones
 
@@ -14,6 +16,15 @@ def read(path: Path) -> list[Row]:
     """The rows of a sweep's table."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def unify(rows: Iterable[Row]) -> list[Row]:
+    """The rows with equal settings spelled as where they come first: 0.01 and 1e-2, True and true are one setting."""
+    first: dict[tuple[str, Any], str] = {}
+    return [
+        {k: v if k in _NOT_SETTINGS or not v else first.setdefault((k, overrides.normal(v)), v) for k, v in row.items()}
+        for row in rows
+    ]
 
 
 def select(rows: Iterable[Row], where: Where) -> list[Row]:

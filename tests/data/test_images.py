@@ -134,7 +134,7 @@ def test_sizes_and_augmentation():
         ({"augment": "mixup"}, "augment must be one of none, crop_flip, got 'mixup'"),
         ({"half": "left"}, "half must be one of all, even, odd"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-        ({"selection": "hard_batches"}, "selection must be a policy of hard_batches, got 'hard_batches'"),
+        ({"selection": "hard_batches"}, "selection must be Shuffled, InOrder, .* or RhoLoss, got 'hard_batches'"),
     ],
 )
 def test_bad_configs_are_named(fields, message):

@@ -259,7 +259,7 @@ def test_memorisation_uses_one_map_everywhere():
     "make, part",
     [
         (lambda: word_problem.Config(group="Q8"), "group must be"),
-        (lambda: word_problem.Config(letters="words"), "letters must be elements or generators, got 'words'"),
+        (lambda: word_problem.Config(letters="words"), "letters must be one of elements, generators, got 'words'"),
         (lambda: word_problem.Config(seq_len=0), "seq_len must be an integer >= 1, got 0"),
         (lambda: word_problem.Config(lengths=(3, -1)), "lengths must be integers >= 1, got (3, -1)"),
         (lambda: formal.Config(task="even"), "task must be"),

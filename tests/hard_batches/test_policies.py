@@ -202,7 +202,7 @@ def test_rho_loss(tmp_path):
         (lambda: EasyBatches(delta=float("nan")), "delta must be a number"),
         (lambda: HardBatches(delta=0.1).init(9), "delta must be at least 1 / 9, or a round of the 9 batches is empty, got 0.1"),
         (lambda: HardBatches().init(0), "num_batches must be >= 1, got 0: the data are fewer than one batch"),
-        (lambda: HardBatches(composition="random"), "composition must be source or seeded, got 'random'"),
+        (lambda: HardBatches(composition="random"), "composition must be one of source, seeded, got 'random'"),
         (lambda: RandomBatches(seed=-1), "seed must be an integer >= 0, got -1"),
         (lambda: HardBatches().update(HardBatches().init(4), 2, np.nan), "loss of batch 2 must be a number"),
         (lambda: SelectiveBackprop(beta=-1.0), "beta must be a number >= 0, got -1.0"),
