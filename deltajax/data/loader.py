@@ -108,7 +108,7 @@ class Dataset:
       augment: (training example, random generator) -> example, another one each time; None: as they are.
       selection: which examples the next update learns from.
       evaluations: further sets by name, scored when the run ends; each with shapes of its own.
-      fingerprint: differs where the data differ, to tell on resume; "": not known.
+      fingerprint: differs where the data differ, to tell on resume; "": the config says it all.
     """
 
     train: Source

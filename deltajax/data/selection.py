@@ -90,6 +90,7 @@ class SelectedBatches:
         """
         self.policy, self.by_example, self.scored = policy, isinstance(policy, ExamplePolicy), 0
         self._rows, self._make, self._score, self._read_options = rows, make, score, read_options
+        self._batch_size = batch_size
         if isinstance(policy, ExamplePolicy):
             self._state = policy.init(num_examples, batch_size, updates)
         else:
@@ -138,24 +139,40 @@ class SelectedBatches:
         """How to go on after the last observed batch, as JSON; waits for its losses."""
         self._settle()
         state = {name: _to_json(x) for name, x in self._state.items() if name not in _GIVEN}
-        return {"step": self._step, "scored": self.scored, "policy": type(self.policy).__name__, "state": state}
+        made = {"policy": type(self.policy).__name__, "batch_size": self._batch_size}
+        return {"step": self._step, "scored": self.scored, **made, "state": state}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` gave.
+        """Go on from what `get_state` gave. Policies over examples take it with another batch size, too.
 
         Raises:
-          ValueError: it is another policy's, or of other data.
+          ValueError: it is another policy's, of other data, or of batches of another size that are ranked as a whole.
         """
         check_policy(self.policy, state)
         fresh = self._state
         restored = {name: _from_json(x) for name, x in state["state"].items()}
-        for name in ("losses", "num_examples"):
-            if name in fresh and np.size(fresh[name]) != np.size(restored[name]):
-                raise ValueError(
-                    f"data.selection: the checkpoint's table has {np.size(restored[name])} losses, "
-                    f"the data {np.size(fresh[name])}"
-                )
-        self._state = restored | {name: fresh[name] for name in _GIVEN if name in fresh}
+        before = state.get("batch_size", self._batch_size)
+        resized = f" (data.batch_size: {before} -> {self._batch_size})" if before != self._batch_size else ""
+        if "losses" in fresh and len(fresh["losses"]) != len(restored["losses"]):
+            raise ValueError(
+                f"data.selection: the checkpoint's table has {len(restored['losses'])} losses, "
+                f"the data {len(fresh['losses'])}{resized}"
+            )
+        if fresh.get("num_examples") != restored.get("num_examples"):
+            raise ValueError(
+                f"data.selection: the checkpoint is of {restored['num_examples']} examples, "
+                f"the data have {fresh['num_examples']}"
+            )
+        if isinstance(self.policy, ExamplePolicy):
+            given = {name: fresh[name] for name in _GIVEN if name in fresh}
+            self._state = self.policy.resize(restored | given | {"batch_size": before}, self._batch_size)
+        elif resized:
+            raise ValueError(
+                f"data.selection: {type(self.policy).__name__} ranks batches that were composed once{resized}; "
+                "keep the size, or begin a run in another --workdir"
+            )
+        else:
+            self._state = restored
         self._step, self.scored = state["step"], state["scored"]
         self._planned, self._open, self._current = iter(()), [], None
 

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 
 from deltajax.data.loader import Dataset
 from deltajax.errors import RunError, check_integers, check_types
+from deltajax.fields import CHANGEABLE
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, which pretrained weights expect
 
@@ -39,15 +40,15 @@ class Config:
       seed: of the order of the clips and of their augmentation.
     """
 
-    folder: str
-    splits: str
+    folder: str = dataclasses.field(metadata=CHANGEABLE)
+    splits: str = dataclasses.field(metadata=CHANGEABLE)
     split: Literal[1, 2, 3] = 1
-    frames: int = 8
-    stride: int = 4
-    resize: int = 256
-    size: int = 224
-    damaged: Literal["skip", "fail"] = "skip"
-    batch_size: int = 8
+    frames: int = dataclasses.field(default=8, metadata=CHANGEABLE)
+    stride: int = dataclasses.field(default=4, metadata=CHANGEABLE)
+    resize: int = dataclasses.field(default=256, metadata=CHANGEABLE)
+    size: int = dataclasses.field(default=224, metadata=CHANGEABLE)
+    damaged: Literal["skip", "fail"] = dataclasses.field(default="skip", metadata=CHANGEABLE)
+    batch_size: int = dataclasses.field(default=8, metadata=CHANGEABLE)
     seed: int = 0
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from deltajax.data.loader import Dataset, half_of
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.hard_batches import Selection, Shuffled
 
 Arrays = tuple[UInt8[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]
@@ -92,12 +93,12 @@ class Config:
     """
 
     name: Literal["digits", "cifar10", "cifar100", "stl10"] = "digits"
-    folder: str = ""
-    verify: bool = True
-    image_size: int | None = None
-    augment: Literal["none", "crop_flip"] = "none"
+    folder: str = dataclasses.field(default="", metadata=CHANGEABLE)
+    verify: bool = dataclasses.field(default=True, metadata=CHANGEABLE)
+    image_size: int | None = dataclasses.field(default=None, metadata=CHANGEABLE)
+    augment: Literal["none", "crop_flip"] = dataclasses.field(default="none", metadata=CHANGEABLE)
     half: Literal["all", "even", "odd"] = "all"
-    batch_size: int = 64
+    batch_size: int = dataclasses.field(default=64, metadata=CHANGEABLE)
     seed: int = 0
     selection: Selection = dataclasses.field(default_factory=Shuffled)
 

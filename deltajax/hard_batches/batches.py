@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 
 State = dict[str, Any]
 
@@ -105,7 +106,7 @@ class InOrder(BatchPolicy):
 class _Share(BatchPolicy):
     """A round of int(delta N) batches, delta in (0, 1]."""
 
-    delta: float = 0.5
+    delta: float = dataclasses.field(default=0.5, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
@@ -151,7 +152,7 @@ class RandomBatches(_Share):
       seed: of the draws, >= 0.
     """
 
-    seed: int = 0
+    seed: int = dataclasses.field(default=0, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 
 State = dict[str, Any]
 
@@ -87,12 +88,36 @@ class ExamplePolicy:
     def _update(self, state: State, draw: Draw, losses: Float[np.ndarray, "B"]) -> State:
         raise NotImplementedError
 
+    def resize(self, state: State, batch_size: int) -> State:
+        """The state from which draws of another size follow: no example is left out or drawn again on that account.
+
+        What remains of an epoch and does not fill a batch is left out, as always.
+        """
+        if batch_size == state["batch_size"]:
+            return state
+        return self._resize(state, batch_size) | {"batch_size": batch_size}
+
+    def _resize(self, state: State, batch_size: int) -> State:
+        raise NotImplementedError
+
     def _candidates(self, state: State, number: int) -> Int[np.ndarray, "B"]:
         """Batch `number` of endless epochs, each in an order of its own and without its incomplete last batch."""
-        per_epoch = state["num_examples"] // state["batch_size"]
-        epoch, i = divmod(number, per_epoch)
+        epoch, first = self._place(state, number)
         order = np.random.default_rng((self.seed, epoch)).permutation(state["num_examples"])
-        return order[i * state["batch_size"] : (i + 1) * state["batch_size"]]
+        return order[first : first + state["batch_size"]]
+
+    def _place(self, state: State, number: int) -> tuple[int, int]:
+        """The epoch in which batch `number` of candidates is, and its first example's place in it.
+
+        Numbers count from `origin`: (number, epoch, place) of the first batch of the present size.
+        """
+        size, (origin, epoch, place) = state["batch_size"], state.get("origin", (0, 0, 0))
+        number -= origin
+        left = (state["num_examples"] - place) // size
+        if number < left:
+            return epoch, place + number * size
+        more, i = divmod(number - left, state["num_examples"] // size)
+        return epoch + 1 + more, i * size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +131,8 @@ class SelectiveBackprop(ExamplePolicy):
     Batches of candidates are scored; kept ones wait until they fill a batch.
     """
 
-    beta: float = 1.0
-    history: int = 1024
+    beta: float = dataclasses.field(default=1.0, metadata=CHANGEABLE)
+    history: int = dataclasses.field(default=1024, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
@@ -126,6 +151,9 @@ class SelectiveBackprop(ExamplePolicy):
         if len(state["waiting"]) >= state["batch_size"]:
             return [Draw(state["waiting"][: state["batch_size"]])]
         return [Draw(self._candidates(state, state["scored"]), scored=True)]
+
+    def _resize(self, state, batch_size):
+        return state | {"origin": (state["scored"], *self._place(state, state["scored"]))}
 
     def _update(self, state, draw, losses):
         if not draw.scored:
@@ -150,8 +178,8 @@ class InfoBatch(ExamplePolicy):
     Losses are those of the training steps themselves. An epoch's incomplete last batch is left out.
     """
 
-    ratio: float = 0.5
-    full: float = 0.125
+    ratio: float = dataclasses.field(default=0.5, metadata=CHANGEABLE)
+    full: float = dataclasses.field(default=0.125, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
@@ -172,12 +200,17 @@ class InfoBatch(ExamplePolicy):
         starts = range(state["position"], len(state["order"]) - size + 1, size)
         return [Draw(state["order"][i : i + size], state["rescale"][i : i + size]) for i in starts]
 
+    def _resize(self, state, batch_size):
+        return self._begin_epoch_if_due(state | {"batch_size": batch_size})
+
     def _update(self, state, draw, losses):
         table = state["losses"].copy()
         table[draw.examples] = losses
-        size = state["batch_size"]
-        state = state | {"losses": table, "position": state["position"] + size, "done": state["done"] + 1}
-        if state["position"] + size <= len(state["order"]):
+        position = state["position"] + state["batch_size"]
+        return self._begin_epoch_if_due(state | {"losses": table, "position": position, "done": state["done"] + 1})
+
+    def _begin_epoch_if_due(self, state):
+        if state["position"] + state["batch_size"] <= len(state["order"]):
             return state
         state |= {"position": 0, "epoch": state["epoch"] + 1}
         return state | self._epoch(state)
@@ -207,7 +240,7 @@ class RhoLoss(ExamplePolicy):
       pool: batches of candidates per batch that is trained on (the paper's: 10).
     """
 
-    table: str = ""
+    table: str = dataclasses.field(default="", metadata=CHANGEABLE)
     pool: int = 10
 
     def __post_init__(self):
@@ -232,6 +265,12 @@ class RhoLoss(ExamplePolicy):
         done = len(state["excess"]) // state["batch_size"]
         numbers = range(state["pools"] * self.pool + done, (state["pools"] + 1) * self.pool)
         return [Draw(self._candidates(state, n), scored=True) for n in numbers]
+
+    def _resize(self, state, batch_size):
+        """A pool that is not complete or not trained on is scored again."""
+        first = (state["pools"] - (len(state["chosen"]) > 0)) * self.pool
+        fresh = {"excess": np.zeros(0, np.float32), "chosen": np.zeros(0, np.int64)}
+        return state | fresh | {"pools": first // self.pool, "origin": (first, *self._place(state, first))}
 
     def _update(self, state, draw, losses):
         if not draw.scored:

@@ -14,6 +14,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import batch_norm, classifier, conv2d, conv_norm, squeeze_excitation
 from deltajax.layers.activation import ACTIVATIONS, Name
 from deltajax.layers.param import count_params, init_params
@@ -116,10 +117,10 @@ class Config:
     padding: conv2d.Padding = "symmetric"
     in_channels: int = 3
     num_classes: int = 1000
-    dropout: float = 0.0
-    drop_path: float = 0.0
+    dropout: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
+    drop_path: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
     norm: batch_norm.Config = dataclasses.field(default_factory=batch_norm.Config)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
