@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"pallas_kernels", "deltajax.errors"},
+    {"pallas_kernels", "deltajax.errors", "deltajax.rounding"},
     {"deltajax.hard_batches"},
     {"deltajax.ops", "deltajax.data"},
     {"deltajax.layers"},

@@ -19,6 +19,7 @@ from deltajax.layers.activation import ACTIVATIONS, Name
 from deltajax.layers.param import count_params, init_params
 from deltajax.models.losses import cross_entropy_sums
 from deltajax.models.resnet import Tap
+from deltajax.rounding import exact, round_of
 
 
 def _check_activations(*names: str) -> None:
@@ -52,7 +53,7 @@ class Squeeze:
 
     def reduced(self, channels: int, hidden: int) -> int:
         """Width between the two maps."""
-        return round_channels(hidden * self.ratio) if self.of == "hidden" else max(1, round(channels * self.ratio))
+        return round_channels(self.ratio, hidden) if self.of == "hidden" else max(1, round_of(self.ratio, channels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +168,11 @@ b4 = functools.partial(Config, stem=48, stages=_B4, head=1792)
 v2_s = functools.partial(Config, stem=24, stages=_V2_S, head=1280, norm=batch_norm.Config(eps=1e-3))
 
 
-def round_channels(channels: float) -> int:
-    """The nearest multiple of 8, at least 8 and never below 0.9 of `channels` (the papers' rule)."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * channels else rounded + 8
+def round_channels(factor: float, channels: int) -> int:
+    """The multiple of 8 that is nearest to the product, at least 8 and never below 0.9 of it (the papers' rule)."""
+    product = exact(factor) * channels
+    rounded = max(8, int(product + 4) // 8 * 8)
+    return rounded if 10 * rounded >= 9 * product else rounded + 8
 
 
 def _blocks(config: Config) -> Iterator[list[tuple[Stage, int, int, int]]]:
@@ -179,7 +181,7 @@ def _blocks(config: Config) -> Iterator[list[tuple[Stage, int, int, int]]]:
     for stage in config.stages:
         blocks = []
         for i, expansion in enumerate(stage.expansions):
-            hidden = channels if expansion == 1 else round_channels(channels * expansion)
+            hidden = channels if expansion == 1 else round_channels(expansion, channels)
             blocks.append((stage, channels, hidden, stage.stride if i == 0 else 1))
             channels = stage.channels
         yield blocks
