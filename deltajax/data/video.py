@@ -114,12 +114,13 @@ def _read(path: Path, index: Index, numbers: set[int], resize: int | None) -> di
     return pixels
 
 
-def decode(path: Path, resize: int | None = None) -> Iterator[Frame]:
-    """All frames of a video file, turned and mirrored as its display matrix says, with square pixels.
+def decode(path: Path, resize: int | None = None, *, square: bool = True) -> Iterator[Frame]:
+    """All frames of a video file, turned and mirrored as its display matrix says.
 
     Args:
       path: of the file.
       resize: pixels of the shorter side; None: as stored.
+      square: stretch frames of pixels that are not square; False: take them as if they were.
 
     Raises:
       ValueError: PyAV is not installed, the file cannot be decoded, or is to be shown at another angle than a multiple of 90
@@ -127,7 +128,7 @@ def decode(path: Path, resize: int | None = None) -> Iterator[Frame]:
     """
     with _opened(path) as (container, stream):
         for frame in _frames(container, stream):
-            yield _shown(path, frame, _pixel(stream), resize)
+            yield _shown(path, frame, _pixel(stream) if square else Fraction(1), resize)
 
 
 def require() -> Any:

@@ -193,6 +193,7 @@ def test_pixels_that_are_not_square(tmp_path):
     path = write(tmp_path / "wide.mp4", "libx264", options={"x264-params": "log-level=-1"}, shape=Fraction(3, 2))
     assert next(video.decode(path)).shape == (32, 72, 3)
     assert next(video.decode(path, 24)).shape == (24, 54, 3)
+    assert next(video.decode(path, 24, square=False)).shape == (24, 36, 3)
     assert next(video.decode(write(tmp_path / "square.mp4"), 24)).shape == (24, 36, 3)
 
 
