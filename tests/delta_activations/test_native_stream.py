@@ -83,7 +83,7 @@ GRAPHS = {
     "basic": ((40, 52), lambda: network(resnet.resnet_small(widths=(8, 16, 40), num_classes=5), (40, 52))),
     "bottleneck": ((65, 33), lambda: network(resnet.resnet50(blocks=(1, 2), widths=(16, 24), num_classes=5), (65, 33))),
     "inverted": ((31, 44), lambda: network(MOBILE, (31, 44))),
-    "relu6": ((24, 30), lambda: network(RELU6, (31, 44))),
+    "relu6": ((31, 44), lambda: network(RELU6, (31, 44))),
 }
 
 
