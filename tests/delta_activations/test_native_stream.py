@@ -74,16 +74,12 @@ MOBILE = efficientnet.Config(
     activation="relu",
     num_classes=5,
 )
-RELU6 = dataclasses.replace(
-    MOBILE, activation="relu6", stages=tuple(dataclasses.replace(stage, activation="relu6") for stage in MOBILE.stages)
-)
 GRAPHS = {
     "odd": ((37, 53), lambda: odd_graph(np.random.default_rng(1), (37, 53))),
     "one_row": ((5, 93), lambda: odd_graph(np.random.default_rng(2), (5, 93))),
     "basic": ((40, 52), lambda: network(resnet.resnet_small(widths=(8, 16, 40), num_classes=5), (40, 52))),
     "bottleneck": ((65, 33), lambda: network(resnet.resnet50(blocks=(1, 2), widths=(16, 24), num_classes=5), (65, 33))),
     "inverted": ((31, 44), lambda: network(MOBILE, (31, 44))),
-    "relu6": ((31, 44), lambda: network(RELU6, (31, 44))),
 }
 
 
