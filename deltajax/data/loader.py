@@ -143,7 +143,7 @@ class Dataset:
 
         Args:
           process_index, process_count: of the readers of a batch.
-          updates: of the whole run, for policies that divide it into phases.
+          updates: of the whole run, for policies that divide it into phases (InfoBatch); 0: not known, which these refuse.
           score: this process' rows -> losses of all examples of the batch, for policies that score candidates.
 
         Raises:

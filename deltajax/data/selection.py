@@ -29,7 +29,7 @@ import grain
 import numpy as np
 
 from deltajax.errors import RunError
-from deltajax.hard_batches import BatchPolicy, Draw, ExamplePolicy, Shuffled
+from deltajax.hard_batches import BatchPolicy, Draw, ExamplePolicy, InOrder, Shuffled
 
 Batch = dict[str, np.ndarray]
 Losses = Callable[[], np.ndarray]
@@ -78,7 +78,7 @@ class SelectedBatches:
           policy: what chooses.
           num_examples: of the training set.
           batch_size: of the global batch.
-          updates: the run's, which some policies divide into phases.
+          updates: the run's, which some policies divide into phases; 0: not known.
           seed: of a seeded composition.
           rows: of a global batch that this process reads.
           make: (update, indices of examples) -> batch of these.
@@ -99,6 +99,11 @@ class SelectedBatches:
                     f"batch_size must be at most the {num_examples} examples of the training set, got {batch_size}"
                 )
             self._state = policy.init(num_examples // batch_size)
+            if 0 < updates <= num_examples // batch_size and not isinstance(policy, InOrder) and rows.start == 0:
+                print(
+                    f"{type(policy).__name__} chooses nothing in this run: its {updates} updates are of the first pass, "
+                    f"which takes all {num_examples // batch_size} batches in order"
+                )
             seeded = policy.composition == "seeded"
             order = np.random.default_rng(seed).permutation(num_examples) if seeded else np.arange(num_examples)
             self._composition = order[: num_examples // batch_size * batch_size].reshape(-1, batch_size)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from deltajax.errors import check_integers, check_types
 from deltajax.fields import CHANGEABLE
+from deltajax.rounding import floor_of
 
 State = dict[str, Any]
 
@@ -59,7 +60,7 @@ class ExamplePolicy:
         Args:
           num_examples: of the training set.
           batch_size: examples of a draw.
-          updates: that the run will make in all.
+          updates: that the run will make in all; 0: not known.
 
         Raises:
           ValueError: the examples are fewer than a batch.
@@ -175,7 +176,8 @@ class InfoBatch(ExamplePolicy):
         counts 1 / (1 - r) where it is not, which keeps the expected gradient.
       full: the last part of all updates, whose epochs are whole.
 
-    Losses are those of the training steps themselves. An epoch's incomplete last batch is left out.
+    Losses are those of the training steps themselves. An epoch's incomplete last batch is left out. The first epoch is whole,
+    too, since no loss is known before it ends, and so is one that would keep less than a batch.
     """
 
     ratio: float = dataclasses.field(default=0.5, metadata=CHANGEABLE)
@@ -189,8 +191,27 @@ class InfoBatch(ExamplePolicy):
                 raise ValueError(f"{name} must be a number in [0, 1), got {getattr(self, name)!r}")
 
     def init(self, num_examples, batch_size, updates):
-        """See `ExamplePolicy`; adds every example's last loss, and this epoch's order and factors."""
+        """See `ExamplePolicy`; adds every example's last loss, and this epoch's order and factors.
+
+        Raises:
+          ValueError: also if no epoch could be pruned: all updates are of the first epoch or of the last part, or an epoch is
+            one batch.
+        """
         state = super().init(num_examples, batch_size, updates)
+        first, last = num_examples // batch_size, floor_of(self.full, updates)
+        if num_examples == batch_size:
+            raise ValueError(
+                f"batch_size must be less than the {num_examples} examples for InfoBatch to prune any, got {batch_size}"
+            )
+        if updates == 0 and self.full:
+            raise ValueError(
+                f"updates must be those of the whole run, of which InfoBatch leaves the last {self.full} whole, got {updates}"
+            )
+        if updates and updates <= first + last:
+            raise ValueError(
+                f"updates must be > {first + last} for InfoBatch to prune anything, as the first {first} and the last {last} "
+                f"(full = {self.full}) are of whole epochs, got {updates}"
+            )
         state |= {"losses": np.full(num_examples, np.inf, np.float32), "epoch": 0, "position": 0, "done": 0}
         return state | self._epoch(state)
 
@@ -221,7 +242,7 @@ class InfoBatch(ExamplePolicy):
         losses = state["losses"]
         known = losses[np.isfinite(losses)]
         easy = losses < (known.mean(dtype=np.float64) if len(known) else -np.inf)
-        if state["done"] >= (1 - self.full) * state["updates"]:
+        if self.full and state["updates"] - state["done"] <= floor_of(self.full, state["updates"]):
             easy[:] = False
         kept = ~(easy & (rng.random(len(losses)) < self.ratio))
         if kept.sum() < state["batch_size"]:
