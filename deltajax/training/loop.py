@@ -352,7 +352,8 @@ class Run:
 
     def _save(self, loss: float | None, skipped: int) -> None:
         """Save; `skipped` updates have been skipped since the last one that was applied."""
-        progress = {"iterator": self.iterator.get_state(), "examples": self.examples, **self._identities()}
+        position = {"iterator": self.iterator.get_state(), "examples": self.examples}
+        progress: dict[str, Any] = {**position, **self._identities()}
         progress["seconds"] = self.seconds + time.perf_counter() - self._clock
         self.checkpoints.save(self.step, self.state, self.config, progress, loss, skipped)
         if loss is not None and math.isfinite(loss):
