@@ -118,10 +118,23 @@ def read_config(directory: str | Path) -> gpt_neox.Config:
     rope: Any = raw.get("rope_parameters") or {} if isinstance(raw, dict) else None
     if not isinstance(rope, dict):
         raise ValueError(f"weights: {path}: not a model's config, which is a mapping, as is its rope_parameters")
-    expected = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
+    expected = {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "rope_scaling": None,
+        "quantization_config": None,
+    }
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise ValueError(f"weights: {path}: {key} must be {value!r}, got {raw[key]!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"weights: {path}: rope_parameters.rope_type must be 'default', got {kind!r}")
+    unknown = sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    if unknown:
+        raise ValueError(f"weights: {path}: rope_parameters.{unknown[0]} is not supported, got {rope[unknown[0]]!r}")
     missing = [
         key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw
     ]

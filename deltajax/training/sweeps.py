@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from deltajax.csv_table import read_table
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
 from deltajax.models import registry
@@ -313,21 +314,17 @@ def _others(found: Sequence[Member], table: Path) -> list[dict[str, str]]:
     if not table.exists():
         return []
     columns = _columns(found)
-    with open(table, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            rows = list(reader)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"--csv={table}: line {reader.line_num + 1}: {error}") from None
-        for number, row in enumerate(rows, 2):
-            if None in row or None in row.values():
-                raise ValueError(f"--csv={table}: row {number} has not the columns of the first; mend or remove it")
-        names = [name for name in reader.fieldnames or () if name not in COLUMNS]
-        if set(names) != set(columns) or not set(COLUMNS) <= set(reader.fieldnames or ()):
-            they = f"of runs told apart by {', '.join(names)}" if names else "of something else"
-            raise ValueError(f"--csv={table}: a table {they}, not by {', '.join(columns)}; name another file")
-        mine = {tuple(overrides.normal(member.by_column.get(c, "")) for c in columns) for member in found}
-        return [row for row in rows if tuple(overrides.normal(row[c]) for c in columns) not in mine]
+    try:
+        header, numbered = read_table(table)
+    except ValueError as error:
+        raise ValueError(f"--csv={error}") from None
+    rows = [row for _, row in numbered]
+    names = [name for name in header if name not in COLUMNS]
+    if set(names) != set(columns) or not set(COLUMNS) <= set(header):
+        they = f"of runs told apart by {', '.join(names)}" if names else "of something else"
+        raise ValueError(f"--csv={table}: a table {they}, not by {', '.join(columns)}; name another file")
+    mine = {tuple(overrides.normal(member.by_column.get(c, "")) for c in columns) for member in found}
+    return [row for row in rows if tuple(overrides.normal(row[c]) for c in columns) not in mine]
 
 
 def write_table(

@@ -116,9 +116,9 @@ def test_index_of_shards(tmp_path):
 @pytest.mark.parametrize(
     "line, said",
     [
-        (b"S3,0.01", "row 3 has not the columns of the first"),
-        (b"\xff,,,,,,,,", "line"),
-        (b"a" + b"," * 20, "row 3 has not"),
+        (b"S3,0.01", "line 3: 2 cells, where the header has 9 columns"),
+        (b"\xff,,,,,,,,", "line 3: the file must be UTF-8"),
+        (b"a" + b"," * 20, "line 3: 21 cells"),
     ],
 )
 def test_a_damaged_table_of_a_sweep(line, said, tmp_path, capfd):
