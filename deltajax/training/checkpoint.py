@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from deltajax.errors import RunError
 from deltajax.training import checksums, distributed, position, serialize
-from deltajax.training.checkpoint_reader import CheckpointReader, damaged, lowest, one_line, progress_sum
+from deltajax.training.checkpoint_reader import CheckpointReader, config_sum, damaged, lowest, one_line, progress_sum
 from deltajax.training.config import TrainConfig
 from deltajax.training.step import TrainState
 
@@ -140,6 +140,7 @@ class Checkpoints(CheckpointReader):
         }
         measured = loss if loss is not None and math.isfinite(loss) else None
         progress["loss"] = measured
+        progress["config_sum"] = config_sum(progress["config"])
         progress["sum"] = progress_sum(progress)
         self._policy.updated = step - skipped
         with self._failures(what):

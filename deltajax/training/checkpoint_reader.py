@@ -117,6 +117,10 @@ class CheckpointReader:
             config, defaulted = serialize.from_json(stored), serialize.defaulted(stored)
         except ValueError as error:
             raise serialize.Mismatch(f"{file}: {error}") from None
+        if not defaulted and progress.get("config_sum", config_sum(stored)) != config_sum(stored):
+            raise RunError(
+                f"checkpoint of step {step} in {self.directory} cannot be read: {file}: its config was changed"
+            )
         if defaulted and distributed.is_first():
             print(f"warning: {file} is of an older deltajax; it is read with {', '.join(defaulted)}", file=sys.stderr)
         return {**progress, "config": config}
@@ -166,9 +170,14 @@ def damaged(progress: dict, trees: dict[str, Any], sums: dict[str, checksums.Sum
 
 
 def progress_sum(progress: dict[str, Any]) -> str:
-    """Of all but the config, which may be mended by hand."""
+    """Return a checksum of all but the config, which is read by other versions of deltajax too."""
     kept = {name: value for name, value in progress.items() if name != "config"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def config_sum(config: Any) -> str:
+    """Return a checksum of a config's JSON."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def one_line(error: BaseException) -> str:
