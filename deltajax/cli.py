@@ -1,21 +1,29 @@
 """What every command line shares: flags, `--config.a.b=value` pairs, one-line errors, exit codes.
 
 Exit codes: 0 done; 2 usage (something the caller gave is wrong: ValueError, a file that is missing or in the way); 1 any
-other failure, Ctrl-C and SIGTERM included. `--debug` adds the traceback.
+other failure, Ctrl-C, SIGTERM and SIGHUP included. `--debug` adds the traceback.
+
+What is printed decides nothing: a character that the encoding of stdout lacks is escaped, and what can't be written is dropped.
+A reader that leaves early (`| head -1`) is no failure. Another one, such as a full disk, is a warning at the end, or an error
+of a command whose only result is what it prints.
 """
 
+import contextlib
 import difflib
+import os
 import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from logging import getLogger
+from types import FrameType
 from typing import Any
 
 from absl import flags, logging
 
+from deltajax import streams
 from deltajax.errors import RunError
 
 
@@ -28,13 +36,19 @@ def flag_values() -> flags.FlagValues:
 
 
 def run(
-    action: Callable[[dict[str, str]], None], values: flags.FlagValues, doc: str, argv: Sequence[str] | None = None
+    action: Callable[[dict[str, str]], None],
+    values: flags.FlagValues,
+    doc: str,
+    argv: Sequence[str] | None = None,
+    *,
+    result_is_printed: bool = False,
 ) -> int:
     """Parse `argv`, call `action(config overrides)`, turn what it raises into one line and an exit code."""
     of_process = argv is None
+    if of_process:
+        streams.protect()
     argv = list(sys.argv if argv is None else argv)
     debug = any(argument in ("--debug", "-debug", "--debug=true", "--debug=1") for argument in argv)
-    sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     if not debug:
         # When a save fails, Orbax' threads log and print tracebacks of what then also reaches us.
@@ -42,22 +56,66 @@ def run(
         getLogger("asyncio").setLevel("CRITICAL")  # of many writes that fail together one is reported, by us
         sys.excepthook = sys.unraisablehook = threading.excepthook = _ignore
     try:
+        with streams.escaping(), _interruptible(of_process) as signals:
+            return _run(action, values, doc, argv, signals, debug, result_is_printed)
+    finally:
+        if not of_process:  # else stray writes of a failed save may still complain while the process ends
+            sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+
+
+def _run(action, values, doc, argv, signals, debug, result_is_printed) -> int:
+    try:
         overrides = _parse(argv, values)
         if values.help:
             print(doc.strip(), "\n", values.get_help().strip("\n"), sep="\n")
         else:
             action(overrides)
-        return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 1, debug)
-    except (ValueError, FileNotFoundError, FileExistsError, flags.Error) as error:
-        return _fail(_describe(error), 2, debug)
     except Exception as error:
-        return _fail(_describe(error), 1, debug)
+        if signals and not isinstance(
+            error, RunError
+        ):  # what an interrupt has become on its way, such as an ImportError
+            return _fail("interrupted", 1, debug)
+        usage = isinstance(error, ValueError | FileNotFoundError | FileExistsError | flags.Error)
+        return _fail(_describe(error), 2 if usage else 1, debug)
+    failure = streams.output_failure()
+    if failure and result_is_printed:
+        return _fail(f"the result could not be written to stdout: {failure.strerror}", 1, debug)
+    if failure:
+        print(f"warning: stdout could not be written: {failure.strerror}; all else is done", file=sys.stderr)
+    return 0
+
+
+@contextlib.contextmanager
+def _interruptible(of_process: bool) -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP are as Ctrl-C; yields the list of signals that came. What nohup or a shell has ignored stays so."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if of_process and _is_importing(frame):
+            # Extension modules make an ImportError of the exception, or lose it. Nothing is open yet that needs an end.
+            os.write(2, b"error: interrupted\n")
+            os._exit(1)
+        raise KeyboardInterrupt
+
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
+    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}.difference(ignored)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, sigterm)
-        if not of_process:  # else stray writes of a failed save may still complain while the process ends
-            sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _ignore(*_: Any) -> None:

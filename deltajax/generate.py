@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--workdir: the workdir of a training run is missing")
         sys.stdout.buffer.write(_generate(values) + b"\n")
 
-    return cli.run(action, values, __doc__ or "", argv)
+    return cli.run(action, values, __doc__ or "", argv, result_is_printed=True)
 
 
 def _generate(values: flags.FlagValues) -> bytes:

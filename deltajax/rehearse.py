@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rehearsal.save(compiled, config, Path(values.save))
             print(f"saved    {values.save}")
 
-    return cli.run(action, values, __doc__ or "", argv)
+    return cli.run(action, values, __doc__ or "", argv, result_is_printed=True)
 
 
 def describe(report: "Report") -> str:

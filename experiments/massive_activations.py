@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from deltajax import data
+from deltajax.csv_table import read_rows
 from deltajax.layers import attention, delta
 from deltajax.massive_activations import figures, trajectories
 from deltajax.models import gpt_neox, lm
-from deltajax.training import reports
 from deltajax.training.config import Checkpoint, Evaluation, Optimizer, Probes, Schedule, TrainConfig
 from deltajax.training.reports import Claim, Picture, Report, Table
 
@@ -232,7 +232,7 @@ def _depth(results: Path) -> Any:
     path = results / NAME / "fits.csv"
     if not path.exists():
         return None
-    rows = [row for row in reports.read(path) if row["model"].removesuffix("-0") in FAMILY]
+    rows = [row for row in read_rows(path) if row["model"].removesuffix("-0") in FAMILY]
     drawing, axes = figures.plt.subplots(1, 5, figsize=(14, 3.2), layout="constrained")
     figures.depth(axes, rows)
     drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
@@ -244,8 +244,8 @@ def _predictor(results: Path) -> Any:
     if not all(path.exists() for path in paths):
         return None
     drawing, axes = figures.plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(3, 2))
-    figures.scores(axes[0], reports.read(paths[0]))
-    figures.importance(axes[1], reports.read(paths[1]))
+    figures.scores(axes[0], read_rows(paths[0]))
+    figures.importance(axes[1], read_rows(paths[1]))
     return drawing
 
 

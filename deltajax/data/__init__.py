@@ -24,12 +24,21 @@ def load(config: Any) -> Dataset:
     """The dataset that a task's config describes.
 
     Raises:
-      ValueError: no task has a config of this type. What else is raised is the task's own.
+      ValueError: as `loader_of`. What else is raised is the task's own.
+    """
+    return loader_of(config)(config)
+
+
+def loader_of(config: Any) -> Callable[[Any], Dataset]:
+    """The `load` of the task that a config is of.
+
+    Raises:
+      ValueError: no task has a config of this type.
     """
     if type(config) not in LOADERS:
         known = ", ".join(f"{c.__module__}.{c.__name__}" for c in LOADERS)
-        raise ValueError(f"config: got a {type(config).__name__}; allowed: {known}")
-    return LOADERS[type(config)](config)
+        raise ValueError(f"data must be a config of one of {known}, got {type(config).__name__}")
+    return LOADERS[type(config)]
 
 
 __all__ = [
@@ -42,4 +51,5 @@ __all__ = [
     "compressed_bits_per_byte",
     "load",
     "load_tokenizer",
+    "loader_of",
 ]

@@ -37,8 +37,6 @@ class Config(generated.Config):
     def __post_init__(self):
         """Check every field."""
         super().__post_init__()
-        if self.task not in ("parity", "arithmetic", "brackets"):
-            raise ValueError(f"task must be parity, arithmetic or brackets, got {self.task!r}")
         check_integers(self, 1, "min_length")
         check_integers(self, 2, "modulus")
         if self.modulus > 10:

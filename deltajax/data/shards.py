@@ -22,6 +22,7 @@ from deltajax.data.documents import SHARD_SUFFIX, SPLITS, Split
 from deltajax.data.tokenizer import Tokenizer
 
 INDEX = "deltajax-shards.json"
+_OF_DOCUMENTS = ("documents", "record_tokens", "dtype", "shards")  # keys in it that `ShardedDocuments` reads
 FORMAT = "deltajax shards 1"
 RECORD_TOKENS = 8192
 
@@ -167,12 +168,15 @@ def open_shards(
     """
     folder = Path(corpus).expanduser()
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = dict(json.loads((folder / INDEX).read_text()))
         found = index["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = None
     if found != FORMAT:
         raise ValueError(f"corpus: {str(folder / INDEX)!r} has format {found!r}; allowed: {FORMAT!r}")
+    missing = sorted({"tokenizer", "validation_fraction", "file_sizes", *_OF_DOCUMENTS} - index.keys())
+    if missing:
+        raise ValueError(f"corpus: {str(folder / INDEX)!r} is damaged: {missing[0]} is missing")
     for key, here in (("tokenizer", tokenizer.identity), ("validation_fraction", validation_fraction)):
         if index[key] != here:
             raise ValueError(f"{key}: got {here!r}, but {corpus!r} was converted with {index[key]!r}")

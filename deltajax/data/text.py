@@ -14,7 +14,8 @@ from deltajax.data import documents, shards
 from deltajax.data.loader import Dataset, half_of
 from deltajax.data.packing import Documents, FullWindows, PackedWindows
 from deltajax.data.tokenizer import Tokenizer, load_tokenizer, text_problem
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.hard_batches import Selection, Shuffled
 
 
@@ -41,39 +42,35 @@ class Config:
       ValueError: a field is out of its range.
     """
 
-    corpus: str = "stdlib"
+    corpus: str = dataclasses.field(default="stdlib", metadata=CHANGEABLE)
     tokenizer: str = "byte"
     seq_len: int = 512
-    batch_size: int = 16
+    batch_size: int = dataclasses.field(default=16, metadata=CHANGEABLE)
     seed: int = 0
     validation_fraction: float = 0.05
-    lengths: tuple[int, ...] = ()
-    evaluation_windows: int = 128
+    lengths: tuple[int, ...] = dataclasses.field(default=(), metadata=CHANGEABLE)
+    evaluation_windows: int = dataclasses.field(default=128, metadata=CHANGEABLE)
     half: Literal["all", "even", "odd"] = "all"
     selection: Selection = dataclasses.field(default_factory=Shuffled)
     special_tokens: bool = False
 
     def __post_init__(self):
         """Check every field."""
+        check_types(self)
         for name in ("corpus", "tokenizer"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value:
+            if not value:
                 raise ValueError(f"{name}: got {value!r}; allowed: a string that is not empty")
         for name, low, high in (("seq_len", 1, 2**22), ("batch_size", 1, 2**31), ("seed", 0, 2**32)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+            if not low <= value < high:
                 raise ValueError(f"{name}: got {value!r}; allowed: an integer in [{low}, {high})")
         check_integers(self, 1, "evaluation_windows")
-        object.__setattr__(self, "lengths", tuple(self.lengths))
-        if any(type(n) is not int or n < 1 for n in self.lengths):
+        if any(n < 1 for n in self.lengths):
             raise ValueError(f"lengths: got {self.lengths!r}; allowed: integers >= 1")
         value = self.validation_fraction
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        if not 0 < value < 1:
             raise ValueError(f"validation_fraction: got {value!r}; allowed: a number between 0 and 1, both excluded")
-        if self.half not in ("all", "even", "odd"):
-            raise ValueError(f"half: got {self.half!r}; allowed: all, even, odd")
-        if not isinstance(self.selection, Selection):
-            raise ValueError(f"selection: got {self.selection!r}; allowed: a policy of hard_batches")
 
 
 def load(config: Config) -> Dataset:

@@ -31,8 +31,6 @@ class Config(generated.Config):
     def __post_init__(self):
         """Check every field."""
         super().__post_init__()
-        if self.letters not in ("elements", "generators"):
-            raise ValueError(f"letters must be elements or generators, got {self.letters!r}")
         groups.group(self.group)
 
     @property

@@ -113,13 +113,28 @@ def read_config(directory: str | Path) -> gpt_neox.Config:
         raise FileNotFoundError(f"weights: {str(directory)!r} holds no config.json")
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"weights: {path}: not JSON: {error}") from None
-    rope = raw.get("rope_parameters") or {}
-    expected = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
+    rope: Any = raw.get("rope_parameters") or {} if isinstance(raw, dict) else None
+    if not isinstance(rope, dict):
+        raise ValueError(f"weights: {path}: not a model's config, which is a mapping, as is its rope_parameters")
+    expected = {
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "rope_scaling": None,
+        "quantization_config": None,
+    }
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise ValueError(f"weights: {path}: {key} must be {value!r}, got {raw[key]!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"weights: {path}: rope_parameters.rope_type must be 'default', got {kind!r}")
+    unknown = sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    if unknown:
+        raise ValueError(f"weights: {path}: rope_parameters.{unknown[0]} is not supported, got {rope[unknown[0]]!r}")
     missing = [
         key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw
     ]
@@ -170,7 +185,9 @@ class _Tensors(Mapping):
         if index.exists():
             try:
                 self._file_of = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError):
+                if not all(isinstance(file, str) for file in self._file_of.values()):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"weights: {index}: not an index of safetensors shards") from None
             absent = sorted({f for f in self._file_of.values() if not (directory / f).exists()})
             if absent:

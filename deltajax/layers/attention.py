@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
 from deltajax.layers import linear
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, init_params
@@ -22,6 +22,7 @@ from deltajax.ops.activation_statistics import first_token_share
 from deltajax.ops.over_mesh import over_mesh, spread_over, tokens_before
 from deltajax.ops.segments import number_segments, segment_starts
 from deltajax.ops.taps import tag
+from deltajax.rounding import floor_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "num_heads", "head_dim", "num_kv_heads", "window")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even and >= 2, got {self.head_dim}")
@@ -67,13 +69,11 @@ class Config:
         check_number(self, "rope_fraction", 0, 1)
         if self.rotary_dims < 2 or self.rotary_dims % 2:
             raise ValueError(f"rope_fraction of head_dim must be even and >= 2, got {self.rotary_dims}")
-        if self.sink not in (None, "kv", "one"):
-            raise ValueError(f"sink must be none, kv or one, got {self.sink!r}")
 
     @property
     def rotary_dims(self) -> int:
         """Dimensions of a head that are rotated."""
-        return int(self.head_dim * self.rope_fraction)
+        return floor_of(self.rope_fraction, self.head_dim)
 
     @property
     def kv_heads(self) -> int:

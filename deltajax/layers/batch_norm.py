@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.errors import check_number
+from deltajax.errors import check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers.param import ParamSpec, is_spec
 
 
@@ -24,11 +25,12 @@ class Config:
       eps: added to the variance.
     """
 
-    momentum: float = 0.1
+    momentum: float = dataclasses.field(default=0.1, metadata=CHANGEABLE)
     eps: float = 1e-5
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_number(self, "momentum", 0, 1)
         check_number(self, "eps", 0)
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
@@ -45,10 +46,11 @@ class Config:
     output_gate: Literal["silu", "sigmoid"] | None = None
     conv_width: int = 4
     norm_eps: float = 1e-6
-    implementation: str | None = None
+    implementation: str | None = dataclasses.field(default=None, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "num_heads", "head_dim", "num_value_heads", "value_head_dim", "num_householder")
         check_integers(self, 0, "conv_width")
         check_number(self, "beta_max", 0, 2)
@@ -57,10 +59,6 @@ class Config:
             raise ValueError(
                 f"num_value_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_value_heads}"
             )
-        if self.gate not in (None, "scalar", "channel"):
-            raise ValueError(f"gate must be none, scalar or channel, got {self.gate!r}")
-        if self.output_gate not in (None, "silu", "sigmoid"):
-            raise ValueError(f"output_gate must be none, silu or sigmoid, got {self.output_gate!r}")
         if self.implementation is not None and self.implementation not in IMPLEMENTATIONS:
             known = ", ".join(sorted(IMPLEMENTATIONS))
             raise ValueError(f"implementation must be none or one of {known}, got {self.implementation!r}")

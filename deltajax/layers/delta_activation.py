@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from deltajax.errors import check_number
+from deltajax.errors import check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers.param import ParamSpec, init_params
 from deltajax.ops import delta_activation as ops
 
@@ -27,14 +28,12 @@ class Config:
 
     steps: Literal["channel", "layer", "neuron"] = "channel"
     init_step: float = 0.1
-    step_gradient: ops.StepGradient = "raise"
+    step_gradient: ops.StepGradient = dataclasses.field(default="raise", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_number(self, "init_step", 0)
-        for name, allowed in (("steps", ("channel", "layer", "neuron")), ("step_gradient", ops.STEP_GRADIENTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 def param_specs(config: Config, shape: tuple[int, ...]) -> dict[str, ParamSpec]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
 from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
@@ -42,14 +42,10 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "num_heads", "head_dim", "value_head_dim")
         check_integers(self, 0, "conv_width")
         check_number(self, "norm_eps", 0)
-        for name, allowed in (("gate", "scalar"), ("output_gate", "silu")):
-            if getattr(self, name) not in (None, allowed):
-                raise ValueError(f"{name} must be none or {allowed}, got {getattr(self, name)!r}")
-        if self.feature_map not in ("unit", "elu"):
-            raise ValueError(f"feature_map must be unit or elu, got {self.feature_map!r}")
 
     @property
     def value_dim(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
 
 # Name -> (l, L, d, H, d_ff, rotary base, rotary fraction) -> value; l is the block, from 1.
 _DEPTH = {
@@ -53,6 +53,7 @@ class Architecture:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "layers", "d_model", "num_heads", "mlp_dim")
 
     def features(self, layer: int) -> Float[np.ndarray, "features"]:

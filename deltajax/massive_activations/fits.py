@@ -7,7 +7,6 @@ docs/massive_activations, whose numbers we made up. Columns of other names are m
 from the columns layers, d_model, num_heads, mlp_dim, rotary_base and rotary_fraction, or from a Pythia model's name.
 """
 
-import csv
 import dataclasses
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from absl import flags
 from jaxtyping import Float
 
 from deltajax import cli
+from deltajax.csv_table import read_table
 from deltajax.massive_activations import features, tables, trajectories
 from deltajax.massive_activations.features import Architecture
 from deltajax.massive_activations.fit import PARAMETERS
@@ -110,14 +110,13 @@ def read(paths: Sequence[str | Path], columns: Mapping[str, str] | None = None) 
     if unknown:
         raise ValueError(f"column {unknown[0]!r} is not one of ours ({', '.join((*needed, *ARCHITECTURE))})")
     for path in map(Path, paths):
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            lines = list(reader)
-        missing = [names[name] for name in needed if names[name] not in (reader.fieldnames or ())]
+        there, lines = read_table(path)
+        missing = [names[name] for name in needed if names[name] not in there]
         if missing:
-            there = ", ".join(reader.fieldnames or ())
-            raise ValueError(f"{path}: column {missing[0]} is missing (there: {there}); map it with --columns")
-        for number, line in enumerate(lines, 2):
+            raise ValueError(
+                f"{path}: column {missing[0]} is missing (there: {', '.join(there)}); map it with --columns"
+            )
+        for number, line in lines:
             row = {name: line.get(column) or "" for name, column in names.items()}
             where = f"{path}: line {number}"
             if any(not row[name].strip() for name in PARAMETERS):

@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for layer in range(wanted.layers):
                 print(f"{layer:<7}" + "".join(f"{found[name][layer]:<12.4g}" for name in PARAMETERS).rstrip())
 
-    return cli.run(action, values, __doc__ or "", argv)
+    return cli.run(action, values, __doc__ or "", argv, result_is_printed=True)
 
 
 def write(path: str | Path, scores: Sequence[Score]) -> None:

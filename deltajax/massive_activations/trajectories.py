@@ -7,7 +7,6 @@ The first takes what probes logged during one of our runs (`--config.probes.ever
 on a text: directories in Hugging Face's GPT-NeoX layout whose names end in step<N>, as Pythia's revisions are called.
 """
 
-import csv
 import dataclasses
 import re
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from deltajax import cli
+from deltajax.csv_table import read_table
 from deltajax.massive_activations import tables
 from deltajax.massive_activations.fit import Fit, check_steps, fit_trajectories
 
@@ -63,17 +63,12 @@ def read(path: str | Path) -> Trajectories:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: columns or rows are missing, the rows are of several models, or a number is none.
+      ValueError: columns or rows are missing, the rows are of several models, a number is none, or a step of a
+        block comes twice. A last line without an end, which a run may still be writing, is left out.
     """
     path = Path(path)
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), reader.fieldnames or ()
-    missing = [name for name in _NEEDED if name not in columns]
-    if missing:
-        raise ValueError(f"{path}: column {missing[0]} is missing (needed: {', '.join(_NEEDED)})")
-    if rows and None in rows[-1].values():
-        rows.pop()  # a run that was killed, or is not done, may leave its last line unfinished
+    columns, numbered = read_table(path, _NEEDED, unfinished_last_line=True)  # a run may still be writing it
+    rows = [row for _, row in numbered]
     if not rows:
         raise ValueError(f"{path}: holds no rows")
     models = sorted({str(row["model"]) for row in rows}) if "model" in columns else [path.stem]
@@ -81,7 +76,7 @@ def read(path: str | Path) -> Trajectories:
         raise ValueError(f"{path}: rows of {len(models)} models ({', '.join(models[:3])}); a table holds one")
     steps: dict[int, list[float]] = {}
     values: dict[str, dict[int, list[float]]] = {name: {} for name in STATISTICS if name in columns}
-    for number, row in enumerate(rows, 2):
+    for number, row in numbered:
         try:
             layer, step = int(row["layer"]), float(row["step"])
             for name, of_layer in values.items():
@@ -90,7 +85,9 @@ def read(path: str | Path) -> Trajectories:
             raise ValueError(
                 f"{path}: line {number}: {','.join(str(v) for v in row.values())} is not made of numbers"
             ) from None
-        steps.setdefault(layer, []).append(step)
+        if step in steps.setdefault(layer, []):
+            raise ValueError(f"{path}: line {number}: step {step:g} of block {layer} comes twice")
+        steps[layer].append(step)
     return Trajectories(
         models[0],
         {layer: np.array(x) for layer, x in sorted(steps.items())},

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
 from deltajax.layers import linear, mlp
 from deltajax.layers.norm import rms_norm, rms_norm_spec
 from deltajax.layers.param import ParamSpec, init_params
@@ -33,6 +33,7 @@ class Config:
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "max_length")
 
     @property

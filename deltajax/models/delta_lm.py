@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from deltajax.errors import check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import delta_activation
 from deltajax.layers.param import init_params, stack_specs
 from deltajax.models import fan_out, lm
@@ -36,11 +38,12 @@ class Config:
 
     lm: lm.Config
     delta: delta_activation.Config | None = None
-    rate: float = 0.0
+    rate: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
-        if type(self.rate) not in (int, float) or not 0 <= self.rate < float("inf"):
+        check_types(self)
+        if not 0 <= self.rate < float("inf"):
             raise ValueError(f"rate must be a number >= 0, got {self.rate!r}")
         if self.delta is not None and self.delta.steps == "neuron":
             raise ValueError("steps must be one of channel, layer: tokens have no other neurons than channels")

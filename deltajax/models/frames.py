@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import delta_activation
 from deltajax.layers.param import init_params
 from deltajax.models import efficientnet, fan_out, resnet
@@ -47,31 +48,25 @@ class Config:
     network: resnet.Config | efficientnet.Config
     frame_size: tuple[int, int]
     delta: delta_activation.Config | None = None
-    rate: float = 0.0
-    penalty: Penalty = "temporal"
-    tile: int = 8
+    rate: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
+    penalty: Penalty = dataclasses.field(default="temporal", metadata=CHANGEABLE)
+    tile: int = dataclasses.field(default=8, metadata=CHANGEABLE)
     init_steps: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "tile")
-        if type(self.network) not in NETWORKS:
-            raise ValueError(f"network must be a config of resnet or efficientnet, got {type(self.network).__name__}")
         size = self.frame_size
-        if not isinstance(size, tuple) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+        if min(size) < 1:
             raise ValueError(f"frame_size must be two integers >= 1, got {size!r}")
-        if type(self.rate) not in (int, float) or not 0 <= self.rate < float("inf"):
+        if not 0 <= self.rate < float("inf"):
             raise ValueError(f"rate must be a number >= 0, got {self.rate!r}")
-        pairs = self.init_steps
-        if not isinstance(pairs, tuple) or any(not isinstance(x, tuple) or len(x) != 2 for x in pairs):
-            raise ValueError(f"init_steps must be a tuple of (beginning of a place's name, step), got {pairs!r}")
-        for begin, step in pairs:
-            if not isinstance(begin, str) or type(step) not in (int, float) or not 0 < step < float("inf"):
+        for begin, step in self.init_steps:
+            if not 0 < step < float("inf"):
                 raise ValueError(f"init_steps must have steps > 0 for names, got {(begin, step)!r}")
         if self.init_steps and self.delta is None:
             raise ValueError(f"init_steps are of delta activations, which this network has none of: {self.init_steps}")
-        if self.penalty not in ("temporal", "tile", "spatial"):
-            raise ValueError(f"penalty must be one of temporal, tile, spatial, got {self.penalty!r}")
 
     @property
     def num_classes(self) -> int:

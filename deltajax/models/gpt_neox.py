@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import attention, linear
 from deltajax.layers.norm import layer_norm, layer_norm_specs
 from deltajax.layers.param import ParamSpec, count_params, init_params, stack_specs
@@ -54,18 +55,17 @@ class Config:
     norm_eps: float = 1e-5
     sink: Literal["kv", "one"] | None = None
     gated: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    scan_layers: bool = True
-    remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
+    scan_layers: bool = dataclasses.field(default=True, metadata=CHANGEABLE)
+    remat: bool = dataclasses.field(default=False, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "vocab_size", "d_model", "num_layers", "num_heads", "mlp_dim")
         check_number(self, "norm_eps", 0)
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model must be a multiple of num_heads = {self.num_heads}, got {self.d_model}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be one of float32, bfloat16, got {self.dtype!r}")
         _ = self.attention
 
     @property

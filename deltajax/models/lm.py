@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from deltajax.errors import check_integers, check_number
+from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import mixer as mixers_lib
 from deltajax.layers import mlp
 from deltajax.layers.norm import rms_norm, rms_norm_spec
@@ -72,16 +73,14 @@ class Config:
     mlp_dim: int | None = None
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
+    scan_layers: bool = dataclasses.field(default=True, metadata=CHANGEABLE)
+    remat: Literal["none", "full", "dots"] = dataclasses.field(default="none", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges; make the mapping hashable, for the config is a static argument of jitted functions."""
+        check_types(self)
         object.__setattr__(self, "mixers", FrozenMapping(self.mixers))
-        if isinstance(self.pattern, str):
-            raise ValueError(f"pattern must be a tuple of names, got {self.pattern!r}")
-        object.__setattr__(self, "pattern", tuple(self.pattern))
         check_integers(self, 1, "vocab_size", "d_model", "mlp_dim")
         check_number(self, "norm_eps", 0)
         if not self.pattern:
@@ -89,11 +88,6 @@ class Config:
         for name in self.pattern:
             if name not in self.mixers:
                 raise ValueError(f"pattern names {name!r}, which is not one of mixers: {', '.join(self.mixers)}")
-        for config in self.mixers.values():
-            mixers_lib.module_of(config)
-        for name, allowed in (("dtype", ("float32", "bfloat16")), ("remat", ("none", "full", "dots"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     @property
     def hidden_dim(self) -> int:

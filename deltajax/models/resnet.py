@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from deltajax.errors import check_integers
+from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import batch_norm, classifier, conv_norm
 from deltajax.layers.param import count_params, init_params
 from deltajax.models.losses import cross_entropy_sums
@@ -43,20 +44,18 @@ class Config:
     in_channels: int = 3
     num_classes: int = 1000
     head_hidden: int | None = None
-    dropout: float = 0.0
+    dropout: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
     norm: batch_norm.Config = dataclasses.field(default_factory=batch_norm.Config)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
+        check_types(self)
         check_integers(self, 1, "in_channels", "num_classes", "head_hidden")
         if not self.blocks or len(self.blocks) != len(self.widths) or min(*self.blocks, *self.widths) < 1:
             raise ValueError(
                 f"blocks and widths must be equally many integers >= 1, got {self.blocks} and {self.widths}"
             )
-        for name, allowed in (("stem", ("imagenet", "small")), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
 

@@ -8,6 +8,7 @@ from typing import TextIO
 
 import numpy as np
 
+from deltajax.errors import RunError
 from deltajax.ops.activation_statistics import summarise
 
 FILE = "activations.csv"
@@ -23,10 +24,7 @@ class Writer:
         self._path = workdir / FILE
         self._file: TextIO | None = None
         if self._path.exists():
-            with open(self._path, newline="") as file:
-                header, *rows = list(csv.reader(file)) or [[]]
-            # A kill may have left the last line unfinished; it belongs to a step that is done again.
-            kept = [row for row in rows if len(row) == len(header) and int(row[0]) < step]
+            kept = [row for row in _read(self._path) if int(row[0]) < step]
             temporary = self._path.with_suffix(".tmp")
             with open(temporary, "w", newline="") as file:
                 csv.writer(file).writerows([COLUMNS, *kept])
@@ -56,6 +54,28 @@ class Writer:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _read(path: Path) -> list[list[str]]:
+    """The rows; a last line that a kill left unfinished is left out: it belongs to a step that is done again.
+
+    Raises:
+      RunError: another line is damaged.
+    """
+    rows: list[list[str]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = line.decode().rstrip("\r").split(",")
+            if number == 1 and row == list(COLUMNS):
+                continue
+            if number == 1 or len(row) != len(COLUMNS):
+                raise ValueError
+            int(row[0]), int(row[1]), [float(value) for value in row[2:] if value]
+        except ValueError:
+            raise RunError(f"{path}: line {number} is damaged; remove it and start again") from None
+        rows.append(row)
+    return rows
 
 
 def _text(value: np.generic) -> str:

@@ -2,18 +2,22 @@
 
 import dataclasses
 import difflib
+import functools
+import hashlib
 import importlib.util
 import inspect
 import math
 import re
+import traceback
 import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from deltajax import data as data_lib
+from deltajax.errors import check_types
 from deltajax.models import registry
-from deltajax.training import overrides
+from deltajax.training import overrides, serialize
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -54,18 +58,11 @@ class Optimizer:
     trainable: tuple[str, ...] = ()
 
     def __post_init__(self):
-        """Check ranges."""
-        require(self.name in ("adamw", "muon", "sgd"), "name", self.name, "one of adamw, muon, sgd")
+        """Check types and ranges."""
+        check_types(self)
         _require_all(self, "> 0 and finite", lambda x: 0 < x < math.inf, "learning_rate", "eps")
         _require_all(self, ">= 0 and finite", lambda x: 0 <= x < math.inf, "weight_decay")
         _require_all(self, "in [0, 1)", lambda x: 0 <= x < 1, "b1", "b2", "momentum")
-        paths = self.trainable
-        require(
-            isinstance(paths, tuple) and all(isinstance(path, str) for path in paths),
-            "trainable",
-            paths,
-            "a tuple of paths",
-        )
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0 or none")
 
 
@@ -87,8 +84,8 @@ class Schedule:
     final_fraction: float = 0.1
 
     def __post_init__(self):
-        """Check ranges."""
-        require(self.decay in ("cosine", "linear", "constant"), "decay", self.decay, "cosine, linear or constant")
+        """Check types and ranges."""
+        check_types(self)
         _require_all(self, ">= 0", lambda x: x >= 0, "warmup_steps")
         require(self.decay_steps is None or self.decay_steps > 0, "decay_steps", self.decay_steps, "> 0 or none")
         _require_all(self, "in [0, 1]", lambda x: 0 <= x <= 1, "final_fraction")
@@ -111,9 +108,10 @@ class Mesh:
     tensor: int = 1
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         names = [field.name for field in dataclasses.fields(self)]
-        _require_all(self, ">= 1 or -1", lambda x: type(x) is int and (x == -1 or x >= 1), *names)
+        _require_all(self, ">= 1 or -1", lambda x: x == -1 or x >= 1, *names)
         sizes = dataclasses.astuple(self)
         require(sizes.count(-1) <= 1, f"({', '.join(names)})", sizes, "at most one -1")
 
@@ -126,7 +124,8 @@ class Checkpoint:
     keep: int = 2
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         _require_all(self, ">= 1", lambda x: x >= 1, "every", "keep")
 
 
@@ -138,7 +137,8 @@ class Evaluation:
     batches: int | None = None
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         _require_all(self, ">= 1", lambda x: x >= 1, "every")
         require(self.batches is None or self.batches >= 1, "batches", self.batches, ">= 1 or none")
 
@@ -156,7 +156,8 @@ class Probes:
     sequences: int = 10
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         require(self.every is None or self.every >= 1, "every", self.every, ">= 1 or none")
         _require_all(self, ">= 1", lambda x: x >= 1, "sequences")
 
@@ -179,7 +180,8 @@ class NonFinite:
     max_grad_norm: float | None = None
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         _require_all(self, ">= 0", lambda x: x >= 0, "max_consecutive", "max_total")
         norm = self.max_grad_norm
         require(norm is None or norm > 0, "max_grad_norm", norm, "> 0 or none")
@@ -202,7 +204,8 @@ class Sampling:
     top_p: float = 0.95
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         _require_all(self, ">= 1", lambda x: x >= 1, "max_tokens")
         _require_all(self, ">= 0 and finite", lambda x: 0 <= x < math.inf, "temperature")
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, ">= 1 or none")
@@ -243,8 +246,10 @@ class TrainConfig:
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
-        """Check ranges and what the parts must agree on."""
+        """Check types, ranges and what the parts must agree on."""
+        check_types(self)
         registry.module_of(self.model)
+        data_lib.loader_of(self.data)
         _require_all(self, "in [1, 2**31)", lambda x: 1 <= x < 2**31, "steps", "grad_accumulation", "log_every")
         _require_all(self, "in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed")
         warmup = self.schedule.warmup_steps
@@ -270,6 +275,12 @@ def load_config(path: str) -> TrainConfig:
     config = call(load_experiment(file), "get_config", arguments, path)
     if not isinstance(config, TrainConfig):
         raise ValueError(f"--config={path}: get_config() must return a TrainConfig, got {type(config).__name__}")
+    try:
+        same = serialize.from_json(serialize.to_json(config)) == config
+    except ValueError as error:
+        raise ValueError(f"--config={path}: could not be read back from a checkpoint: {error}") from None
+    if not same:
+        raise ValueError(f"--config={path}: would not be the same when read back from a checkpoint")
     return config
 
 
@@ -286,9 +297,27 @@ def split_arguments(path: str) -> tuple[str, dict[str, str]]:
 
 
 def default_workdir(path: str) -> Path:
-    """`runs/<name of the file>`, with the arguments if there are any."""
+    """`runs/<name of the file>`, with the arguments if there are any.
+
+    Raises:
+      ValueError: only the folder is there that an older deltajax would have used, for this run or for another one.
+    """
     file, arguments = split_arguments(path)
-    return Path("runs") / "-".join([Path(file).stem, *(slug(f"{k}={v}") for k, v in arguments.items())])
+    given = [f"{k}={v}" for k, v in arguments.items()]
+    workdir, older = (Path("runs") / "-".join([Path(file).stem, *map(f, given)]) for f in (folder_name, slug))
+    if workdir != older and older.is_dir() and not workdir.is_dir():
+        raise ValueError(
+            f"--workdir: {older} may hold this run or one whose arguments look alike there; "
+            f"choose --workdir={older} to continue it or --workdir={workdir} to begin"
+        )
+    return workdir
+
+
+def folder_name(text: str) -> str:
+    """A name for a folder that no other text has: that of `slug`, and a digest where it loses something."""
+    short = slug(text)[:200]
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    return short if short == text else f"{short}-{digest[:8]}"
 
 
 def slug(text: str) -> str:
@@ -312,9 +341,22 @@ def load_experiment(path: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"--config={path}: {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too
+        raise ValueError(_describe(error, module, path)) from error
     return module
+
+
+def _describe(error: BaseException, module: types.ModuleType, path: str) -> str:
+    """What went wrong in an experiment file, and the line of it that was reached last."""
+    file = module.__file__
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    where = f" line {lines[-1]}:" if lines else ""
+    what = str(error.msg if isinstance(error, SyntaxError) else error).strip().partition("\n")[0]
+    return f"--config={path}:{where} {type(error).__name__}" + (f": {what}" if what else "")
 
 
 def call(module: types.ModuleType, name: str, arguments: Mapping[str, str], path: str) -> Any:
@@ -326,14 +368,40 @@ def call(module: types.ModuleType, name: str, arguments: Mapping[str, str], path
     function = getattr(module, name, None)
     if function is None:
         raise ValueError(f"--config={path}: ValueError: the file defines no {name}()")
-    hints = typing.get_type_hints(function)
+    if not callable(function):
+        raise ValueError(f"--config={path}: {name} must be a function, got {type(function).__name__}")
+    parameters = parameters_of(module, name)
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     given = {}
     for key, text in arguments.items():
-        if key not in inspect.signature(function).parameters:
-            known = ", ".join(inspect.signature(function).parameters) or "none"
+        where = f"--config={path}: {key}={text}"
+        if key not in parameters and not anything:
+            known = ", ".join(parameters) or "none"
             raise ValueError(f"--config={path}: {name}() takes no {key!r} (arguments: {known})")
-        given[key] = overrides.parse(text, hints.get(key, str), f"--config={path}: {key}={text}")
+        hint = parameters[key].annotation if key in parameters else str
+        if isinstance(hint, str):
+            hint = _resolve(hint, function, where)
+        given[key] = overrides.parse(text, str if hint is inspect.Parameter.empty else hint, where)
     try:
         return function(**given)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"--config={path}: {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(_describe(error, module, path)) from error
+
+
+def _resolve(annotation: str, function: Any, where: str) -> Any:
+    """What the text of one annotation means where the function was defined."""
+    defined = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    try:
+        return eval(annotation, getattr(defined, "__globals__", {}))
+    except Exception as error:
+        raise ValueError(f"{where}: its annotation {annotation!r} can't be resolved: {error}") from None
+
+
+def parameters_of(module: types.ModuleType, name: str) -> Mapping[str, inspect.Parameter]:
+    """Those of a function of an experiment file; none of what is not there or doesn't tell."""
+    try:
+        return inspect.signature(getattr(module, name)).parameters
+    except (AttributeError, TypeError, ValueError):
+        return {}

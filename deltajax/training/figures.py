@@ -3,13 +3,12 @@
 import dataclasses
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 
-from deltajax.training.results import ANY, Row, Where, group, member, name_of, select
+from deltajax.training.results import ANY, Row, Where, group, median, member, name_of, select
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -73,9 +72,7 @@ class Curves:
                     xs, values = zip(*points, strict=True)
                     style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
                     style["linewidth"] = 4 - 3 * i / max(len(names) - 1, 1)  # curves that coincide are all seen
-                    axis.plot(
-                        xs, [statistics.median(v) for v in values], label=name_of(self.line, name, self.labels), **style
-                    )
+                    axis.plot(xs, [median(v) for v in values], label=name_of(self.line, name, self.labels), **style)
                     axis.fill_between(
                         xs, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=style["color"]
                     )
@@ -92,9 +89,7 @@ class Curves:
                 members = {member(row) for row in here}
                 chance = [float(row["value"]) for row in rows if row["metric"] == "chance" and member(row) in members]
                 if chance:
-                    axis.axhline(
-                        statistics.median(chance), color="gray", linewidth=0.8, linestyle="--", label="random guess"
-                    )
+                    axis.axhline(median(chance), color="gray", linewidth=0.8, linestyle="--", label="random guess")
             axis.grid(alpha=0.3)
         for axis in axes[:, 0]:
             axis.set_ylabel(self.y)
@@ -144,7 +139,7 @@ class Tradeoff:
                 for row in select(rows, of_y | dict(where)):
                     if member(row) in over:
                         runs.setdefault(row.get(self.along, ""), []).append((over[member(row)], float(row["value"])))
-                middles = sorted(tuple(map(statistics.median, zip(*runs[k], strict=True))) for k in runs)
+                middles = sorted(tuple(map(median, zip(*runs[k], strict=True))) for k in runs)
                 if middles:
                     drawn = True
                     axis.plot(*zip(*middles, strict=True), "o-", color=f"C{n}", markersize=4, linewidth=1, label=name)
@@ -153,9 +148,7 @@ class Tradeoff:
             if self.level is not None:
                 level = [float(row["value"]) for row in select(rows, of_y | dict(self.level[1]))]
                 if level:
-                    axis.axhline(
-                        statistics.median(level), color="gray", linewidth=0.8, linestyle="--", label=self.level[0]
-                    )
+                    axis.axhline(median(level), color="gray", linewidth=0.8, linestyle="--", label=self.level[0])
             axis.set(xlabel=label)
             axis.grid(alpha=0.3)
         axes[0, 0].set_ylabel(self.y)

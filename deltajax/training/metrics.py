@@ -22,19 +22,66 @@ from matplotlib import pyplot as plt
 
 FILE = "metrics.jsonl"
 POSITIONS = "positions.csv"
+SUMMARY = "summary.json"
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """All rows; a last line that a kill left unfinished is ignored."""
+    """All rows; a last line that a kill left unfinished is ignored.
+
+    Raises:
+      RunError: a line is not a row, which is a step and numbers by name; the message has its number.
+    """
     path = workdir / FILE
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise RunError(f"{path}: line {number} is damaged; remove it and start again") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int or not _is_numeric(row):
+            raise RunError(f"{path}: line {number} is damaged; remove it and start again")
+        rows.append(row)
     return rows
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """What a run wrote last; None if it is not complete, or if the file is damaged: then it is written anew."""
+    try:
+        result = json.loads((workdir / SUMMARY).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    whole = isinstance(result, dict) and {"steps", "validation_loss"} <= result.keys() and _is_numeric(result)
+    return result if whole else None
+
+
+def read_positions(workdir: Path) -> list[dict[str, str]]:
+    """The rows of `positions.csv`; none if there is no such file.
+
+    Raises:
+      RunError: a row is damaged; the message has the number of its line.
+    """
+    path = workdir / POSITIONS
+    rows: list[dict[str, str]] = []
+    if not path.exists():
+        return rows
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                _, position, *numbers = row.values()
+                int(position), [float(number) for number in numbers if number != ""]
+                rows.append(row)
+        except (ValueError, TypeError, KeyError, csv.Error):
+            raise RunError(f"{path}: line {reader.line_num} is damaged; remove the file and start again") from None
+    return rows
+
+
+def _is_numeric(tree: Any) -> bool:
+    """Whether it is a number, or made of such by name."""
+    if isinstance(tree, dict):
+        return all(map(_is_numeric, tree.values()))
+    return isinstance(tree, int | float)
 
 
 class Writer:

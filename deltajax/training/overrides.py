@@ -124,6 +124,32 @@ def _unknown_key(where: str, key: str, node: Any, children: Mapping[str, Any]) -
     return f"--{where}: no such key{hint} (keys here: {there})"
 
 
+def normal(text: str) -> Any:
+    """What `text` means, where its type isn't known: values that are spelled in several ways become equal."""
+    text = text.strip()
+    if text.lower() in ("true", "false", "none"):
+        return {"true": 1, "false": 0}.get(text.lower())
+    if text.startswith("(") or "," in text:
+        inside = text[1:-1] if _is_enclosed(text) else text
+        return tuple(map(normal, _split(inside)))
+    for number in (int, float):
+        try:
+            return text if text.lower().endswith("nan") else number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _is_enclosed(text: str) -> bool:
+    """Whether the parenthesis that begins the text is closed at its end."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return character == ")" and i == len(text) - 1
+    return False
+
+
 def parse(text: str, hint: Any, given: str) -> Any:
     """`text` as a value of type `hint`.
 

@@ -249,8 +249,11 @@ def load(path: Path, config: TrainConfig) -> Any:
       ValueError: it was made for another config or other devices or by another JAX, or is no such file.
     """
     try:
-        contents = pickle.loads(path.read_bytes())
-    except (pickle.UnpicklingError, EOFError):
+        contents = dict(pickle.loads(path.read_bytes()))
+        contents = {name: contents[name] for name in contents.keys() | {"devices", "jax", "config", "program", "trees"}}
+    except OSError:
+        raise
+    except Exception:  # damaged pickles raise of all kinds
         raise ValueError(f"--executable={path}: not a file that deltajax.rehearse --save wrote") from None
     if contents["devices"] != _name(jax.devices()):
         raise ValueError(f"--executable={path}: made for {contents['devices']}, here are {_name(jax.devices())}")

@@ -6,8 +6,8 @@ measured is written by hand: a claim carries the condition it must meet, and the
 
 import dataclasses
 import glob
+import math
 import os
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from deltajax.training import paired
 from deltajax.training.config import call, load_experiment
 from deltajax.training.figures import Curves, Tradeoff
-from deltajax.training.results import Row, Where, group, member, name_of, read, select
+from deltajax.training.results import Row, Where, group, median, member, name_of, read, select, unify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def tabulate(table: Table, rows: Sequence[Row]) -> str:
     lines = list(group(chosen, table.rows))
     columns = list(group(chosen, table.columns)) or [()]
     cells = group(chosen, [*table.rows, *table.columns])
-    guesses = {line: 0.0 if table.scaled else statistics.median(x) for line, x in _chances(chosen, chance, table.rows)}
+    guesses = {line: 0.0 if table.scaled else median(x) for line, x in _chances(chosen, chance, table.rows)}
     head = [", ".join(table.labels.get(c, c) for c in table.rows)]
     head += [name_of(table.columns, column, table.labels) or table.metric for column in columns]
     head += ["random guess"] * bool(guesses) + ["paper"] * bool(table.published)
@@ -150,10 +150,13 @@ def _cell(values: Sequence[float], table: Table) -> str:
 
 
 def _summary(values: Sequence[float], digits: int, better: str = "high") -> str:
-    """The median, and from the worst to the best."""
+    """Return the median, and the range from the worst to the best; or how many values are no numbers."""
+    missing = sum(map(math.isnan, values))
+    if missing:
+        return f"nan ({missing} of n={len(values)} are no numbers)"
     worst, best = sorted((min(values), max(values)), reverse=better == "low")
     spread = f"{worst:z.{digits}f} to {best:z.{digits}f}, " if len(values) > 1 else ""
-    return f"{statistics.median(values):z.{digits}f} ({spread}n={len(values)})"
+    return f"{median(values):z.{digits}f} ({spread}n={len(values)})"
 
 
 def told(docstring: str | None) -> str:
@@ -169,7 +172,10 @@ def check(claim: Claim, rows: Sequence[Row]) -> str:
         if not values:
             return f"- **Not run.** {claim.text} (no numbers for {name})"
         found[name] = values
-    verdict = "Shown." if claim.holds(*map(statistics.median, found.values())) else "**Not shown.**"
+    if any(math.isnan(value) for values in found.values() for value in values):
+        verdict = "**Not shown.**"  # a run without a number has no median, whatever the others say
+    else:
+        verdict = "Shown." if claim.holds(*map(median, found.values())) else "**Not shown.**"
     return f"- {verdict} {claim.text} Medians: {', '.join(f'{k} {_summary(v, 4)}' for k, v in found.items())}."
 
 
@@ -177,12 +183,13 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
     """The section in Markdown; its figures are written to `folder`."""
     parts = [f"## {report.title}", report.text.strip()]
     _check_columns(report, rows, name)
+    rows = unify(rows)
     failed = {member(row) for row in rows if row["status"] != "complete"}
     complete = {member(row) for row in rows if row["status"] == "complete"}
     table = os.path.relpath(folder / f"{name}.csv", page.parent)
     parts.append(f"{len(complete)} runs, [all their numbers]({table})" + f"; {len(failed)} failed" * bool(failed) + ".")
     more = [folder / f"{other}.csv" for other in report.also]
-    rows = [*rows, *(row for path in more if path.exists() for row in read(path))]
+    rows = unify([*rows, *(row for path in more if path.exists() for row in read(path))])
     if report.claims:
         parts.append("\n".join(check(claim, rows) for claim in report.claims))
     for shown in report.tables:

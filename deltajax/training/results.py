@@ -1,19 +1,56 @@
 """The tidy tables that sweeps write: reading, choosing and grouping their rows, and how settings are named."""
 
-import csv
+import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, str]
+from deltajax.csv_table import Row as Row
+from deltajax.csv_table import read_table
+from deltajax.training import overrides
+
 Where = Mapping[str, Any]  # column -> value, or several allowed ones
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a sweep's table."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """Read the rows of a sweep's table.
+
+    Raises:
+      ValueError: the table is damaged, a number of a complete run is none, or a number comes twice; the
+        message has file and line.
+    """
+    _, rows = read_table(path, NOT_SETTINGS)
+    first: dict[tuple[str, ...], int] = {}
+    for line, row in rows:
+        if row["status"] != "complete":
+            continue
+        try:
+            float(row["value"]), int(row["step"])
+        except ValueError:
+            raise ValueError(
+                f"{path}: line {line}: step {row['step']!r} and value {row['value']!r} must be numbers"
+            ) from None
+        earlier = first.setdefault(tuple(v for k, v in row.items() if k != "value"), line)
+        if earlier != line:
+            raise ValueError(f"{path}: line {line} repeats the number of line {earlier}; remove one of them")
+    return [row for _, row in rows]
+
+
+def median(values: Iterable[float]) -> float:
+    """Return the median; NaN if any value is NaN, whatever the order."""
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else statistics.median(values)
+
+
+def unify(rows: Iterable[Row]) -> list[Row]:
+    """The rows with equal settings spelled as where they come first: 0.01 and 1e-2, True and true are one setting."""
+    first: dict[tuple[str, Any], str] = {}
+    return [
+        {k: v if k in NOT_SETTINGS or not v else first.setdefault((k, overrides.normal(v)), v) for k, v in row.items()}
+        for row in rows
+    ]
 
 
 def select(rows: Iterable[Row], where: Where) -> list[Row]:
@@ -50,12 +87,12 @@ def _matches(value: str, allowed: Any) -> bool:
         return value == str(allowed)
 
 
-_NOT_SETTINGS = ("status", "step", "set", "position", "metric", "value")
+NOT_SETTINGS = ("status", "step", "set", "position", "metric", "value")
 
 
 def member(row: Row) -> tuple[str, ...]:
     """What tells a member of a sweep from the others."""
-    return tuple(v for k, v in row.items() if k not in _NOT_SETTINGS)
+    return tuple(v for k, v in row.items() if k not in NOT_SETTINGS)
 
 
 def group(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[str, ...], list[float]]:

@@ -7,12 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
-from deltajax import train
+from deltajax import streams, train
 from deltajax.training.lock import InUse, lock
 
 
 def main() -> None:
     """Everything that a run prints goes to its log; only the answers go to the first stdout."""
+    streams.protect()
     answers = os.fdopen(os.dup(1), "w")
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(0)

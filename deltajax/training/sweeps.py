@@ -5,26 +5,34 @@ import collections
 import csv
 import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import os
 import re
 import sys
 import time
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from deltajax.csv_table import read_table
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
 from deltajax.models import registry
 from deltajax.training import metrics, overrides, serialize
-from deltajax.training.config import TrainConfig, call, load_config, load_experiment, slug, split_arguments
+from deltajax.training.config import (
+    TrainConfig,
+    call,
+    folder_name,
+    load_config,
+    load_experiment,
+    parameters_of,
+    slug,
+    split_arguments,
+)
 from deltajax.training.lock import InUse, lock
 from deltajax.training.sweep_workers import CONFIG_FILE, Worker, share
 
@@ -41,17 +49,28 @@ class Member:
       path: experiment file with arguments, for --config.
       changes: keys of the config to their values, for --config.<key>.
       config: what these make.
+      folder: the name that its folder has already; "": the one that follows from the settings.
     """
 
     settings: Mapping[str, str]
     path: str
     changes: Mapping[str, str]
     config: TrainConfig
+    folder: str = ""
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
-        return slug(",".join(f"{k}={v}" for k, v in self.by_column.items())) or "only"
+        """The name of its folder, another one for every member."""
+        return self.folder or folder_name(self._text) or "only"
+
+    @property
+    def older_name(self) -> str:
+        """The name that an older deltajax gave the folder, perhaps to several members."""
+        return slug(self._text) or "only"
+
+    @property
+    def _text(self) -> str:
+        return ",".join(f"{k}={v}" for k, v in self.by_column.items())
 
     @property
     def by_column(self) -> dict[str, str]:
@@ -81,10 +100,10 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
         if twice is not None:
             raise ValueError(f"--grid: {twice} is given twice; its values are joined by commas")
     else:
-        takes = _parameters(module, "get_grid")
-        tables = call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path)
+        takes = parameters_of(module, "get_grid")
+        tables = _check_grid(call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path), path)
         # What only get_grid takes is meant for it; what neither takes get_config shall complain about.
-        arguments = {k: v for k, v in arguments.items() if k not in takes or k in _parameters(module, "get_config")}
+        arguments = {k: v for k, v in arguments.items() if k not in takes or k in parameters_of(module, "get_config")}
     found = []
     for settings in _products([tables] if isinstance(tables, Mapping) else tables):
         of_file = arguments | {k: v for k, v in settings.items() if not k.startswith(CONFIG)}
@@ -92,17 +111,44 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
         keys = dict(changes or {}) | keys
         of_member = file + (":" + ",".join(f"{k}={v}" for k, v in of_file.items()) if of_file else "")
         found.append(Member(settings, of_member, keys, overrides.apply(load_config(of_member), keys)))
-    names = [member.name for member in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"--grid: the member {twice} occurs twice")
     if not found:
         raise ValueError("--grid: there are no members")
+    _check_distinct(found)
     return found
 
 
-def _parameters(module: types.ModuleType, name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(getattr(module, name, lambda: None)).parameters
+def _check_distinct(found: Sequence[Member]) -> None:
+    """Refuse members that are the same run, also where their settings are spelled in two ways."""
+    alike: dict[Any, list[Member]] = {}
+    for member in found:
+        settings = frozenset((name, overrides.normal(value)) for name, value in member.by_column.items())
+        before = alike.setdefault(settings, [])
+        for other in before:
+            if other.name == member.name:
+                raise ValueError(f"--grid: the member {member.name} occurs twice")
+            if other.config == member.config:
+                raise ValueError(f"--grid: the members {other.name} and {member.name} are the same run")
+        before.append(member)
+
+
+def _check_grid(tables: Any, path: str) -> Sequence[Mapping[str, Iterable[Any]]]:
+    """What `get_grid` returned, as a list."""
+    listed = [tables] if isinstance(tables, Mapping) else tables
+    values = [pair for table in listed for pair in table.items()] if _are(listed, Mapping) else [(None, None)]
+    if not all(isinstance(name, str) and _are(of_name, object) for name, of_name in values):
+        raise ValueError(
+            f"--config={path}: get_grid() must return mappings from names to lists of values, got {str(tables)[:80]}"
+        )
+    return listed
+
+
+def _are(values: Any, kind: type) -> bool:
+    """Whether it is a collection, neither text nor a mapping, of these."""
+    return (
+        isinstance(values, Collection)
+        and not isinstance(values, str | bytes | Mapping)
+        and all(isinstance(value, kind) for value in values)
+    )
 
 
 def _parse_grid(text: str) -> tuple[str, list[str]]:
@@ -133,6 +179,7 @@ def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, b
         raise ValueError(f"--csv={table}: must be a file, is a folder")
     table.parent.mkdir(parents=True, exist_ok=True)
     with lock(workdir):
+        found = [_in_its_folder(member, workdir) for member in found]
         older = {field for member in found for field in _check_folder(member, workdir / member.name)}
         if older:
             print(
@@ -194,6 +241,17 @@ async def _run_all(waiting, workdir, failures, busy, jobs, write):
         await asyncio.gather(*(work(cores) for cores in share(jobs)))
 
 
+def _in_its_folder(member: Member, workdir: Path) -> Member:
+    """The member, in the folder that an older deltajax gave it if that holds its run."""
+    if member.name == member.older_name or (workdir / member.name).exists():
+        return member
+    try:
+        stored = serialize.from_json(json.loads((workdir / member.older_name / CONFIG_FILE).read_text()))
+    except (OSError, ValueError):
+        return member
+    return dataclasses.replace(member, folder=member.older_name) if stored == member.config else member
+
+
 def _check_folder(member: Member, folder: Path) -> list[str]:
     """Refuse to go on with a run of another config: its numbers would stand under this one.
 
@@ -201,9 +259,15 @@ def _check_folder(member: Member, folder: Path) -> list[str]:
       What the run's config did not have yet, see `serialize.defaulted`.
     """
     try:
-        stored = json.loads((folder / CONFIG_FILE).read_text())
-    except (FileNotFoundError, ValueError):
-        return []  # nothing is there, or a sweep was killed before it trained anything
+        text = (folder / CONFIG_FILE).read_bytes()
+    except FileNotFoundError:
+        return []
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError):
+        if not (folder / "checkpoints").exists() and not (folder / metrics.SUMMARY).exists():
+            return []  # a sweep was killed before it trained anything
+        raise ValueError(f"{folder / CONFIG_FILE}: is damaged; take another --workdir, or remove {folder}") from None
     try:
         before, defaulted = serialize.from_json(stored), serialize.defaulted(stored)
     except ValueError as error:
@@ -216,14 +280,18 @@ def _check_folder(member: Member, folder: Path) -> list[str]:
 
 def _is_complete(member: Member, workdir: Path) -> bool:
     """Whether its run, which `_check_folder` has found to be of this config, ended."""
-    try:
-        return bool(json.loads((workdir / member.name / "summary.json").read_text()))
-    except (FileNotFoundError, ValueError):
-        return False
+    return metrics.read_summary(workdir / member.name) is not None
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    summary = metrics.read_summary(folder)
+    if summary is None:
+        raise RunError(f"{folder / metrics.SUMMARY}: is missing or damaged; the same command writes it anew")
+    return summary
 
 
 def _describe(folder: Path) -> str:
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = _summary(folder)
     scores = {k: v for k, v in summary.items() if k.startswith("validation_")}
     scores |= {f"{name} {k}": v for name, of in summary.get("evaluations", {}).items() for k, v in of.items()}
     scores |= {"chance": summary["chance"]} if "chance" in summary else {}
@@ -246,22 +314,17 @@ def _others(found: Sequence[Member], table: Path) -> list[dict[str, str]]:
     if not table.exists():
         return []
     columns = _columns(found)
-    with open(table, newline="") as file:
-        rows = csv.DictReader(file)
-        names = [name for name in rows.fieldnames or () if name not in COLUMNS]
-        if set(names) != set(columns) or not set(COLUMNS) <= set(rows.fieldnames or ()):
-            they = f"of runs told apart by {', '.join(names)}" if names else "of something else"
-            raise ValueError(f"--csv={table}: a table {they}, not by {', '.join(columns)}; name another file")
-        mine = {tuple(_number(member.by_column.get(column, "")) for column in columns) for member in found}
-        return [row for row in rows if tuple(_number(row[column]) for column in columns) not in mine]
-
-
-def _number(text: str) -> float | str:
-    """2 and 2.0 are the same setting."""
     try:
-        return float(text)
-    except ValueError:
-        return text
+        header, numbered = read_table(table)
+    except ValueError as error:
+        raise ValueError(f"--csv={error}") from None
+    rows = [row for _, row in numbered]
+    names = [name for name in header if name not in COLUMNS]
+    if set(names) != set(columns) or not set(COLUMNS) <= set(header):
+        they = f"of runs told apart by {', '.join(names)}" if names else "of something else"
+        raise ValueError(f"--csv={table}: a table {they}, not by {', '.join(columns)}; name another file")
+    mine = {tuple(overrides.normal(member.by_column.get(c, "")) for c in columns) for member in found}
+    return [row for row in rows if tuple(overrides.normal(row[c]) for c in columns) not in mine]
 
 
 def write_table(
@@ -279,7 +342,7 @@ def write_table(
     """
     columns = _columns(found)
     temporary = table.with_name(table.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow([*columns, *COLUMNS])
         rows.writerows([row[name] for name in (*columns, *COLUMNS)] for row in others)
@@ -303,7 +366,7 @@ def results(member: Member, folder: Path, bins: int) -> Iterator[tuple]:
     Numbers of the whole run have neither set nor position; evaluations name their set (the validation set: every one of
     them, by step); those by position are means over equal bins, whose last position is given.
     """
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = _summary(folder)
     last = summary["steps"]
     yield (
         last,
@@ -322,14 +385,11 @@ def results(member: Member, folder: Path, bins: int) -> Iterator[tuple]:
     for of_set, scores in summary.get("evaluations", {}).items():
         for name, value in scores.items():
             yield last, of_set, "", name, _short(value)
-    if (folder / metrics.POSITIONS).exists():
-        for of_set, position, name, value in _binned(folder / metrics.POSITIONS, bins):
-            yield last, of_set, position, name, _short(value)
+    for of_set, position, name, value in _binned(metrics.read_positions(folder), bins):
+        yield last, of_set, position, name, _short(value)
 
 
-def _binned(path: Path, bins: int) -> Iterator[tuple[str, int, str, float]]:
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+def _binned(rows: Sequence[Mapping[str, str]], bins: int) -> Iterator[tuple[str, int, str, float]]:
     for of_set in dict.fromkeys(row["set"] for row in rows):
         chosen = [row for row in rows if row["set"] == of_set]
         position = np.array([int(row["position"]) for row in chosen])

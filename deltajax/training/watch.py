@@ -1,5 +1,7 @@
 """What the loop watches besides its steps: whether somebody asks it to stop, whether data come."""
 
+import contextlib
+import os
 import signal
 import sys
 import threading
@@ -46,9 +48,10 @@ def report_stall(process: int, step: int, seconds: float) -> None:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop; a second one interrupts at once.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop; a second SIGINT or SIGTERM interrupts at once.
 
-    Of several processes, the one that got SIGTERM tells the others through JAX's preemption service, which has the handler.
+    A terminal that closes often sends SIGHUP twice; nohup has it ignored. Of several processes, the one that got SIGTERM tells
+    the others through JAX's preemption service, which has the handler.
     """
 
     def __init__(self):
@@ -62,7 +65,9 @@ class StopRequest:
         return None if self._signal is None else self._signal.name
 
     def __enter__(self):
-        numbers = () if self._shared else (signal.SIGINT, signal.SIGTERM)
+        numbers = [] if self._shared else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self._before = {s: signal.signal(s, self._handle) for s in numbers}
         return self
 
@@ -71,7 +76,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
+        if self._shared:
+            signal.raise_signal(signal.SIGTERM)
+            return
         if self._signal is not None:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         self._signal = signal.Signals(number)
-        print("stopping after this step; once more to stop at once", flush=True)
+        with contextlib.suppress(OSError):  # no `print`, which may be what was interrupted
+            os.write(1, b"stopping after this step; once more to stop at once\n")

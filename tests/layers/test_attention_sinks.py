@@ -64,7 +64,7 @@ def test_forms(config):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sink": "two"}, "sink must be none, kv or one, got 'two'"),
+        ({"sink": "two"}, "sink must be one of kv, one or none, got 'two'"),
         ({"rope_fraction": 0.1}, "rope_fraction of head_dim must be even and >= 2, got 0"),
         ({"rope_fraction": 1.5}, r"rope_fraction must be a number in \(0, 1\], got 1.5"),
     ],

@@ -25,5 +25,5 @@ def test_elu_is_the_papers_with_its_denominator():
 
 
 def test_unknown_feature_map():
-    with pytest.raises(ValueError, match="feature_map must be unit or elu, got 'relu'"):
+    with pytest.raises(ValueError, match="feature_map must be one of unit, elu, got 'relu'"):
         linear_attention.Config(1, 4, feature_map="relu")

@@ -136,12 +136,12 @@ def test_errors(model):
     for field, value, message in (
         ("rate", -1e-3, "rate must be a number >= 0"),
         ("penalty", "l0", "penalty must be one of temporal, tile, spatial"),
-        ("frame_size", (24,), "frame_size must be two integers"),
+        ("frame_size", (24,), "frame_size must be a tuple \\(an integer, an integer\\), got"),
         ("tile", 0, "tile must be an integer >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(CONFIG, **{field: value})
-    with pytest.raises(ValueError, match="network must be a config"):
+    with pytest.raises(ValueError, match=r"network must be resnet.Config or efficientnet.Config, got"):
         dataclasses.replace(CONFIG, network=moving_digits.Config())
 
 
@@ -202,8 +202,7 @@ def test_steps_begin_where_their_place_says():
     for given, message in (
         ((("stage7", 1.0),), "no place begins with 'stage7'; places: input, stem"),
         ((("stem", 0.0),), r"init_steps must have steps > 0 for names, got \('stem', 0.0\)"),
-        ((("stem",),), "init_steps must be a tuple of"),
-        ([("stem", 1.0)], "init_steps must be a tuple of"),
+        ((("stem",),), r"init_steps\[0\] must be a tuple \(text, a number\), got"),
     ):
         with pytest.raises(ValueError, match=message):
             frames.init(jax.random.key(0), dataclasses.replace(CONFIG, init_steps=given))

@@ -29,6 +29,10 @@ CONFIGS = {
     "efficientnet_v2_s": efficientnet.v2_s(),
     "mobilenetv3_small_100": mobilenet.v3_small(),
     "mobilenet_v3_small": mobilenet.v3_small(norm=batch_norm.Config(momentum=0.01, eps=1e-3)),
+    "mobilenetv2_100": mobilenet.v2(),
+    "mobilenet_v2": mobilenet.v2(),
+    "efficientnet_lite0": efficientnet.lite(0),
+    "tf_efficientnet_lite0": efficientnet.lite(0, **TENSORFLOW),
 }
 SMALL = resnet.resnet_small(widths=(8, 16), blocks=(1, 1), in_channels=1, num_classes=4)
 
@@ -189,7 +193,7 @@ def test_dropout_and_stochastic_depth_need_a_key():
         (lambda: resnet.Config(stem="large"), "stem must be one of imagenet, small, got 'large'"),
         (lambda: resnet.Config(dropout=1.0), r"dropout must be a number in \[0, 1\), got 1.0"),
         (lambda: batch_norm.Config(momentum=0.0), r"momentum must be a number in \(0, 1\], got 0.0"),
-        (lambda: efficientnet.Stage("dense", 8), "block must be inverted or fused, got 'dense'"),
+        (lambda: efficientnet.Stage("dense", 8), "block must be one of inverted, fused, got 'dense'"),
         (lambda: efficientnet.Stage("fused", 8, kernel=4), "kernel must be odd, got 4"),
         (lambda: efficientnet.Stage("fused", 8, 2, expansion=(1.0,)), "expansion must be .* repeats = 2 of them"),
         (lambda: efficientnet.Config(8, (), 8), "stages must hold at least one stage"),

@@ -2,6 +2,7 @@
 
 WHAT is how a process ends, perhaps followed by when, as in `kill_in_save`; with STEP = 0 nothing happens.
 How: `kill`, `stop`, `interrupt`, `terminate` (SIGKILL, SIGSTOP, SIGINT, SIGTERM), `raise`, `exit` (`os._exit`);
+`hangup` (SIGHUP twice, as a terminal that closes may send it);
 `full` (no file may grow past a few kB) from then on.
 When: the row of STEP is written; `saved`, the same once the save of the step before it has ended; `at_save`, `in_save`
 and `before_commit`, all are to start the save of STEP together, it is being written, it is about to get its final name;
@@ -24,7 +25,13 @@ how, _, when = sys.argv[1].partition("_")
 step = int(sys.argv[2])
 workdir = next((Path(flag.partition("=")[2]) for flag in sys.argv if flag.startswith("--workdir=")), Path())
 del sys.argv[1:3]
-SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+SIGNALS = {
+    "interrupt": signal.SIGINT,
+    "terminate": signal.SIGTERM,
+    "hangup": signal.SIGHUP,
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+}
 
 
 def now(at: int) -> None:
@@ -44,7 +51,8 @@ def now(at: int) -> None:
     elif how == "exit":
         os._exit(3)
     else:
-        os.kill(os.getpid(), SIGNALS[how])
+        for _ in range(2 if how == "hangup" else 1):
+            os.kill(os.getpid(), SIGNALS[how])
 
 
 def before(function):

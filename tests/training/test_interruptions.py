@@ -5,7 +5,10 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -61,7 +64,7 @@ def test_killed_at_random_steps_and_in_saves(finished, tmp_path, run_train):
     assert_same_run(workdir, finished)
 
 
-@pytest.mark.parametrize("what, name", [("interrupt", "SIGINT"), ("terminate", "SIGTERM")])
+@pytest.mark.parametrize("what, name", [("interrupt", "SIGINT"), ("terminate", "SIGTERM"), ("hangup", "SIGHUP")])
 def test_signals_save_and_end_in_one_line(what, name, finished, tmp_path, run_train):
     """The step in flight is finished and saved."""
     workdir = tmp_path / "run"
@@ -72,6 +75,28 @@ def test_signals_save_and_end_in_one_line(what, name, finished, tmp_path, run_tr
     assert Checkpoints(workdir, read_only=True).steps()[-1] in (4, 5)
     assert run_train(workdir)[0] == 0
     assert_same_run(workdir, finished)
+
+
+def test_output_that_nobody_reads_and_no_code_has(tmp_path):
+    """The run ends as any other: nothing of it depends on what is printed."""
+    command = f"{sys.executable} -m deltajax.train --config={TINY} --workdir={tmp_path} --config.prompt=日本"
+    for redirection, env in (("> /dev/full", {}), (">&- 2>&-", {}), ("> out", {"PYTHONIOENCODING": "ascii"})):
+        (tmp_path / "summary.json").unlink(missing_ok=True)
+        ended = subprocess.run(
+            ["bash", "-c", f"{command} {redirection}"], env=os.environ | env, cwd=tmp_path, check=False
+        )
+        assert ended.returncode == 0
+        assert (tmp_path / "summary.json").exists()
+    assert r"\u65e5\u672c" in (tmp_path / "out").read_text()
+    assert (tmp_path / "sample.txt").read_text(errors="replace").startswith("日本")
+
+
+def test_a_prompt_of_bytes_that_are_no_text(finished, tmp_path, run_train):
+    """As a command line has them; they are found only when the run has ended."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    assert run_train(workdir, "--config.prompt=\udcff")[0] == 0
+    assert (workdir / "sample.txt").read_bytes().startswith(b"\xff")
 
 
 def test_full_disk(finished, tmp_path, run_train):

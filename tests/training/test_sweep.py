@@ -280,7 +280,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(tmp_path, monkeypatch, capfd):
 
 def test_grids_of_flags_and_files():
     names = [member.name for member in sweeps.members(f"{FILE}:rates=1")]
-    assert names == ["group=S3,learning_rate=0.01", "group=_0_1_,_0_1_2_3_,seed=1"]
+    assert names == ["group=S3,learning_rate=0.01", "group=_0_1_,_0_1_2_3_,seed=1-4dc5d5d8"]
     found = sweeps.members(FILE, ["group=S4", "config.seed=3,4", "config.data.lengths=(7,8),(9)"], {"steps": "7"})
     assert [m.settings["config.data.lengths"] for m in found] == ["(7,8)", "(9)"] * 2
     assert [(m.config.steps, m.config.seed, m.config.data.lengths) for m in found] == [
@@ -327,7 +327,9 @@ def test_arguments_of_experiment_files():
         with pytest.raises(ValueError, match=part):
             load_config(f"{FILE}:{arguments}")
     assert str(default_workdir("experiments/a.py")) == "runs/a"
-    assert str(default_workdir("experiments/a.py:group=(0 1),b=2")) == "runs/a-group=_0_1-b=2"
+    assert str(default_workdir("experiments/a.py:group=S3,b=2")) == "runs/a-group=S3-b=2"
+    names = {default_workdir(f"experiments/a.py:group={group},b=2") for group in ("(0 1)", "(0_1)", "_0_1", "0 1")}
+    assert len(names) == 4 and all("/a-group=_0_1" in str(name) or "/a-group=0_1" in str(name) for name in names)
 
 
 def test_member_json_is_the_config(swept):
