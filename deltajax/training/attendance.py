@@ -1,8 +1,8 @@
-"""Which of several processes are there: a roll call before JAX's runtime starts, a watch from then on.
+"""Which of several processes are gone: each watches the others, from the roll call to its end.
 
 JAX's runtime takes 100 s to notice that a process is gone, and then aborts all others; it aborts them at
-once when the first process is gone. Gloo's collectives fail or hang. So the connections of the roll
-call stay open, one from each process to the first, and a thread of each process watches them. A
+once when the first process is gone. Gloo's collectives fail or hang. So the connections of the `roll_call`
+stay open, one from each process to the first, and a thread of each process watches them. A
 connection that closes, or on which nothing comes for `SILENT_TICKS`, is a process that is gone. The first
 process tells the others which; if it is itself gone, each of the others notices. The thread then says so
 and ends its process, whatever the main thread does, with exit code 1.
@@ -27,7 +27,6 @@ import jax
 
 from deltajax.errors import RunError
 
-ROLL = "deltajax roll call: "  # before what process 0 answers
 OVER, GONE = "over ", "gone "  # messages: an exit code; indices of processes that are gone
 STATUS = (
     "UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION|DATA_LOSS"  # of XLA's errors
@@ -40,134 +39,8 @@ LEAVING_SECONDS = 2.0  # that the first process waits, at most, for the others t
 VERDICT_SECONDS = 7.0  # that a process whose collective failed waits to learn who is gone
 
 
-def call_the_roll(port: int, count: int, timeout: int) -> "Attendance":
-    """Process 0: wait until every other one has come, and tell them all whether to go on.
-
-    Raises:
-      RunError: not all came, or they do not fit together; the message names them.
-    """
-    try:
-        server = socket.create_server(("", port))
-    except OSError as error:
-        raise RunError(f"--coordinator: port {port} cannot be used on this host ({error.strerror})") from None
-    came: dict[int, _Peer] = {}
-    verdict = ""
-    with server, contextlib.ExitStack() as connections:
-        greeted = []
-        server.settimeout(TICK_SECONDS)
-        tick, ticks = time.monotonic() + TICK_SECONDS, timeout / TICK_SECONDS
-        while len(came) < count - 1 or any(peer.closed for peer in came.values()):
-            if time.monotonic() >= tick:
-                tick, ticks = time.monotonic() + TICK_SECONDS, ticks - 1
-                for peer in came.values():
-                    peer.send("")
-                    peer.closed = peer.closed or _is_closed(peer.connection)
-                    peer.silent += peer.closed
-                if ticks <= 0 or any(peer.silent > SILENT_TICKS for peer in came.values()):
-                    break
-            try:
-                connection, (host, *_) = server.accept()
-            except TimeoutError:
-                continue
-            connections.enter_context(connection)
-            connection.settimeout(5)
-            try:
-                index, theirs = map(int, connection.makefile().readline().split())
-            except (OSError, ValueError):  # someone else knocked
-                continue
-            peer = _Peer(connection, host)
-            greeted.append(peer)
-            if theirs != count:
-                verdict = f"--num_processes is {count} on process 0 and {theirs} on process {index} ({host})"
-            elif index in came and not _is_closed(came[index].connection):
-                verdict = f"--process_id={index} was given to two processes ({came[index].host} and {host})"
-            came[index] = peer
-            if verdict:
-                break
-        gone = sorted(index for index, peer in came.items() if peer.closed)
-        missing = sorted(set(range(1, count)) - set(came))
-        if gone and not verdict:
-            verdict = f"{_are_gone(gone, count)}; to continue start all of them again"
-        elif missing and not verdict:
-            there = ", ".join(f"{index} on {peer.host}" for index, peer in sorted(came.items())) or "none"
-            absent = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))} of {count}"
-            verdict = f"{absent} did not come within {timeout} s (came, besides 0: {there})"
-        for peer in greeted:
-            peer.send(f"{ROLL}{verdict}")
-        if verdict:
-            raise RunError(verdict)
-        connections.pop_all()
-    return Attendance(0, count, came)
-
-
-def answer_the_roll(host: str, port: int, index: int, count: int, timeout: int) -> "Attendance":
-    """Any other process: come to the roll call, and learn whether to go on.
-
-    Raises:
-      RunError: process 0 did not come, something else answers, or not all came.
-    """
-    deadline = time.monotonic() + timeout
-    lost = None  # when process 0 first closed a connection; it may be started again
-    while True:
-        left = deadline - time.monotonic()
-        if lost is not None and time.monotonic() - lost > SILENT_TICKS * TICK_SECONDS:
-            raise RunError(f"{_are_gone([0], count)}; to continue start all of them again")
-        if left <= 0:
-            raise RunError(f"process 0 of --coordinator={host}:{port} did not come within {timeout} s")
-        try:
-            connection = socket.create_connection((host, port), timeout=left)
-        except socket.gaierror as error:
-            raise RunError(f"--coordinator={host}:{port}: no such host ({error.strerror})") from None
-        except OSError:
-            time.sleep(min(0.2, max(left, 0)))  # process 0 is not there yet
-            continue
-        with contextlib.ExitStack() as closing:
-            closing.enter_context(connection)
-            peer = _Peer(connection, host)
-            peer.send(f"{index} {count}")
-            connection.settimeout(SILENT_TICKS * TICK_SECONDS)
-            verdict = _first_line(connection)
-            if verdict is None:
-                lost = time.monotonic() if lost is None else lost
-                time.sleep(0.2)
-                continue
-            if not verdict.startswith(ROLL):
-                raise RunError(f"--coordinator={host}:{port}: what answers there is not process 0 of this run")
-            if verdict.removeprefix(ROLL).strip():
-                raise RunError(verdict.removeprefix(ROLL))
-            closing.pop_all()
-        return Attendance(index, count, {0: peer})
-
-
-def _first_line(connection: socket.socket) -> str | None:
-    """The first line that is not a sign of life; None if the other side has gone or is silent."""
-    line = b""
-    try:
-        while byte := connection.recv(1):  # not more: what follows is for the watch
-            if byte != b"\n":
-                line += byte
-            elif line:
-                break
-    except OSError:
-        return None if not line else line.decode(errors="replace")
-    return line.decode(errors="replace") if line else None
-
-
-def _is_closed(connection: socket.socket) -> bool:
-    """Whether the other side has gone, perhaps to be started again."""
-    connection.setblocking(False)
-    try:
-        return connection.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    finally:
-        connection.settimeout(5)
-
-
 @dataclasses.dataclass
-class _Peer:
+class Peer:
     """A process at the other end of a connection.
 
     Attributes:
@@ -202,7 +75,7 @@ class _Peer:
 class Attendance:
     """The watch of one of several processes, from the roll call to its end."""
 
-    def __init__(self, index: int, count: int, peers: dict[int, _Peer]):
+    def __init__(self, index: int, count: int, peers: dict[int, Peer]):
         """Nothing is watched before `start`.
 
         Args:
@@ -287,7 +160,7 @@ class Attendance:
     def _receive(self, selector: selectors.BaseSelector, until: float) -> None:
         """Wait for messages, and read them."""
         for key, _ in selector.select(max(until - time.monotonic(), 0)):
-            peer: _Peer = key.data
+            peer: Peer = key.data
             for message in peer.receive():
                 if message.startswith(OVER):
                     peer.code = int(message.removeprefix(OVER))
@@ -329,7 +202,7 @@ class Attendance:
                 "the others have given it up"
             )
         elif gone:
-            names = _are_gone(gone, self.count)
+            names = are_gone(gone, self.count)
         else:
             reason = str(error).splitlines()[0] if error else "another process failed"
             names = f"process {self.index} of {self.count}: {reason}"
@@ -381,7 +254,8 @@ def is_of_runtime(error: BaseException | None) -> bool:
     return False
 
 
-def _are_gone(gone: list[int], count: int) -> str:
+def are_gone(gone: list[int], count: int) -> str:
+    """Say which of `count` processes are gone."""
     one = len(gone) == 1
     return f"process{'' if one else 'es'} {', '.join(map(str, gone))} of {count} {'is' if one else 'are'} gone"
 

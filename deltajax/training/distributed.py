@@ -1,7 +1,7 @@
 """Several processes of one run: how they find each other, and what only the first of them does.
 
 JAX's distributed runtime connects them. It aborts the process, traceback and all, when one does not come, and tells nobody which;
-so before it starts, every process answers a roll call at the coordinator's address (`attendance`).
+so before it starts, every process answers a roll call at the coordinator's address (`roll_call`).
 """
 
 import atexit
@@ -20,7 +20,7 @@ from jax._src.clusters import ClusterEnv  # the only way to ask for what a clust
 from jax.experimental import multihost_utils
 
 from deltajax.errors import RunError
-from deltajax.training import attendance, relay
+from deltajax.training import attendance, relay, roll_call
 
 VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -74,10 +74,10 @@ def start(
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(f"--coordinator must be host:port, got {settings['coordinator']!r}")
     if index == 0:
-        present = attendance.call_the_roll(int(port), count, timeout)
+        present = roll_call.call(int(port), count, timeout)
         address = f"{host}:{port}"
     else:
-        present = attendance.answer_the_roll(host, int(port), index, count, timeout)
+        present = roll_call.answer(host, int(port), index, count, timeout)
         address = relay.start(host, int(port))
     attendance.current = present
     present.start()

@@ -9,7 +9,7 @@ import pytest
 from training_runs import Ended, assert_killed
 
 from deltajax.training import attendance, relay
-from deltajax.training.attendance import Attendance, _Peer
+from deltajax.training.attendance import Attendance, Peer
 
 COUNT = 4
 
@@ -21,8 +21,8 @@ class Processes:
         pairs = {index: socket.socketpair() for index in range(1, COUNT)}
         self.ends = {index: pair[1] for index, pair in pairs.items()}
         self.first = {index: pair[0] for index, pair in pairs.items()}
-        hub = {index: _Peer(connection, "here") for index, connection in self.first.items()}
-        peers = {0: hub} | {index: {0: _Peer(connection, "there")} for index, connection in self.ends.items()}
+        hub = {index: Peer(connection, "here") for index, connection in self.first.items()}
+        peers = {0: hub} | {index: {0: Peer(connection, "there")} for index, connection in self.ends.items()}
         self.watches = {index: Attendance(index, COUNT, peers[index]) for index in watching}
         for watch in self.watches.values():
             watch.kept = lambda: "kept"
@@ -85,10 +85,10 @@ def test_who_is_silent_is_gone(victim, processes, ended, capfd):
     run = processes(*(index for index in range(COUNT) if index != victim))
     if victim == 0:  # there are signs of life of the others, but nobody passes on who is gone
         assert run.said(capfd) == [gone("process 0 of 4 is")] * 3
-        late = Attendance(0, COUNT, {index: _Peer(connection, "") for index, connection in run.first.items()})
+        late = Attendance(0, COUNT, {index: Peer(connection, "") for index, connection in run.first.items()})
     else:
         assert run.said(capfd) == [gone("process 2 of 4 is")] * 3
-        late = Attendance(2, COUNT, {0: _Peer(run.ends[2], "")})
+        late = Attendance(2, COUNT, {0: Peer(run.ends[2], "")})
     late.start()
     late._thread.join(60)
     (line,) = capfd.readouterr().err.splitlines()

@@ -15,7 +15,7 @@ from training_runs import SMALL, Ended, assert_killed, free_port, losses, run_to
 
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
-from deltajax.training import attendance, distributed, loop, overrides
+from deltajax.training import attendance, distributed, loop, overrides, roll_call
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
 
@@ -143,7 +143,7 @@ def test_who_dies_in_the_roll_call_is_gone(monkeypatch):
     monkeypatch.setattr(attendance, "TICK_SECONDS", 0.05)
     port = free_port()
     with ThreadPoolExecutor(1) as thread:
-        first = thread.submit(attendance.call_the_roll, port, 3, 600)
+        first = thread.submit(roll_call.call, port, 3, 600)
         for _ in range(2):
             with socket.socket() as connection:
                 while connection.connect_ex(("localhost", port)):  # it is not there yet
@@ -152,7 +152,7 @@ def test_who_dies_in_the_roll_call_is_gone(monkeypatch):
         with pytest.raises(RunError, match="process 1 of 3 is gone; to continue start all of them again"):
             first.result()
     with socket.create_server(("", port)) as server, ThreadPoolExecutor(1) as thread:
-        other = thread.submit(attendance.answer_the_roll, "localhost", port, 1, 3, 600)
+        other = thread.submit(roll_call.answer, "localhost", port, 1, 3, 600)
         while not other.done():
             server.settimeout(0.1)
             with contextlib.suppress(TimeoutError):
