@@ -53,7 +53,10 @@ def folder() -> Path:
 
 def read(name: str, pixels: int) -> np.ndarray:
     """Frames [T, pixels, pixels, 3] from the middle, normalised."""
-    seen = np.stack(list(itertools.islice(decode(folder() / CLIPS[name], pixels), _FRAMES.value)))
+    frames_of_clip = decode(
+        folder() / CLIPS[name], pixels, square=False
+    )  # carphone's pixels are not; its table took them so
+    seen = np.stack(list(itertools.islice(frames_of_clip, _FRAMES.value)))
     top, left = ((n - pixels) // 2 for n in seen.shape[1:3])
     square = seen[:, top : top + pixels, left : left + pixels] / np.float32(255)
     return (square - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltajax.ops import delta_product, delta_product_step, delta_rule
+    from deltajax.ops.delta_rule.api import delta_product, delta_product_step, delta_rule
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "delta_product", "delta_product_step", "delta_rule"]

@@ -34,7 +34,7 @@ constexpr int64_t kChunk = 256;                                 // pixels of a t
 constexpr int32_t kRest = 3;                                    // frames between comparisons that stop nothing
 
 enum Kind : int64_t { kInput, kConvolution, kMaxPool, kAdd, kConcat };
-enum Activation : int64_t { kNone, kRelu, kHardSwish, kHardSigmoid };
+enum Activation : int64_t { kNone, kRelu, kHardSwish, kHardSigmoid, kRelu6 };
 
 struct Source {
   int64_t node, size, stride, before;
@@ -122,8 +122,9 @@ Floats activate(int64_t activation, const Floats& x) {
   const Floats zero{};
   if (activation == kNone) return x;
   if (activation == kRelu) return x < zero ? zero : x;
-  const Floats six = zero + 6.f, moved = x + 3.f, positive = moved < zero ? zero : moved;
-  const Floats gate = positive > six ? six : positive;
+  const Floats six = zero + 6.f, moved = activation == kRelu6 ? x : x + 3.f, positive = moved < zero ? zero : moved;
+  const Floats gate = positive > six ? six : positive;  // of relu6: all
+  if (activation == kRelu6) return gate;
   return activation == kHardSwish ? x * gate / 6.f : gate / 6.f;
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 from pallas_kernels import native
 
 KINDS = ("input", "conv", "max_pool", "add", "concat")
-ACTIVATIONS = (None, "relu", "hard_swish", "hard_sigmoid")
+ACTIVATIONS = (None, "relu", "hard_swish", "hard_sigmoid", "relu6")
 _SOURCE = "delta_convolution.cc"
 _TARGET = "deltajax_delta_convolution"
 

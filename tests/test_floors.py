@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"deltajax.children"},
-    {"pallas_kernels", "deltajax.errors", "deltajax.streams"},
+    {"pallas_kernels", "deltajax.errors", "deltajax.streams", "deltajax.fields", "deltajax.rounding"},
     {"deltajax.hard_batches"},
     {"deltajax.ops", "deltajax.data"},
     {"deltajax.layers"},

@@ -1,7 +1,6 @@
 """Synthetic tasks: examples made on demand, each a pure function of (seed, split, index)."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
@@ -10,6 +9,7 @@ from jaxtyping import Float, Int
 
 from deltajax.data.loader import Dataset
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 
 Example = dict[str, Int[np.ndarray, "L"] | Float[np.ndarray, "L"]]
 Draw = Callable[[np.random.Generator], Example]
@@ -59,12 +59,12 @@ class Config:
     """
 
     seq_len: int = 64
-    batch_size: int = 64
+    batch_size: int = dataclasses.field(default=64, metadata=CHANGEABLE)
     seed: int = 0
     train_examples: int | None = None
-    validation_examples: int = 512
-    lengths: tuple[int, ...] = ()
-    evaluation_examples: int = 512
+    validation_examples: int = dataclasses.field(default=512, metadata=CHANGEABLE)
+    lengths: tuple[int, ...] = dataclasses.field(default=(), metadata=CHANGEABLE)
+    evaluation_examples: int = dataclasses.field(default=512, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check every field."""
@@ -95,7 +95,6 @@ def dataset(config: Config, draw: Callable[[int], Draw], *, vocab_size: int, cha
         seed=config.seed,
         vocab_size=vocab_size,
         chance=chance,
-        fingerprint=hashlib.sha256(repr(config).encode()).hexdigest(),
     )
 
 

@@ -108,7 +108,7 @@ class Dataset:
       augment: (training example, random generator) -> example, another one each time; None: as they are.
       selection: which examples the next update learns from.
       evaluations: further sets by name, scored when the run ends; each with shapes of its own.
-      fingerprint: differs where the data differ, to tell on resume; "": not known.
+      fingerprint: differs where the data differ, to tell on resume; "": the config says it all.
     """
 
     train: Source
@@ -143,7 +143,7 @@ class Dataset:
 
         Args:
           process_index, process_count: of the readers of a batch.
-          updates: of the whole run, for policies that divide it into phases.
+          updates: of the whole run, for policies that divide it into phases (InfoBatch); 0: not known, which these refuse.
           score: this process' rows -> losses of all examples of the batch, for policies that score candidates.
 
         Raises:

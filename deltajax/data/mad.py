@@ -13,6 +13,7 @@ import numpy as np
 from deltajax.data import generated
 from deltajax.data.loader import Dataset
 from deltajax.errors import check_integers, check_number
+from deltajax.rounding import round_of
 
 TASKS = ("recall", "fuzzy_recall", "noisy_recall", "selective_copying", "compression", "memorisation")
 
@@ -47,6 +48,10 @@ class Config(generated.Config):
         need = {"selective_copying": 2 * self.copies + 1, "fuzzy_recall": 4 * self.longest}.get(self.task, 4)
         if shortest < need:
             raise ValueError(f"seq_len and lengths must be >= {need} for {self.task}, got {shortest}")
+        if self.task == "noisy_recall" and shortest - round_of(self.noise, shortest) < 4:
+            raise ValueError(
+                f"noise must leave 4 of the {shortest} tokens or more, for a key that comes twice, got {self.noise}"
+            )
 
 
 def load(config: Config) -> Dataset:
@@ -90,7 +95,7 @@ def load(config: Config) -> Dataset:
 def _recall(config: Config, length: int, rng: np.random.Generator, *, noise: float) -> generated.Example:
     keys = config.vocab_size // 2
     value_of = rng.integers(keys, config.vocab_size, size=keys)
-    pairs = (length - round(noise * length)) // 2
+    pairs = (length - round_of(noise, length)) // 2
     is_pair = rng.permutation(np.arange(length - pairs) < pairs)  # what remains is noise
     at = np.flatnonzero(is_pair) + np.arange(pairs)
     tokens = config.vocab_size + rng.integers(config.vocab_size, size=length) if noise else np.zeros(length, int)

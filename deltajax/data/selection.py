@@ -29,7 +29,7 @@ import grain
 import numpy as np
 
 from deltajax.errors import RunError
-from deltajax.hard_batches import BatchPolicy, Draw, ExamplePolicy, Shuffled
+from deltajax.hard_batches import BatchPolicy, Draw, ExamplePolicy, InOrder, Shuffled
 
 Batch = dict[str, np.ndarray]
 Losses = Callable[[], np.ndarray]
@@ -78,7 +78,7 @@ class SelectedBatches:
           policy: what chooses.
           num_examples: of the training set.
           batch_size: of the global batch.
-          updates: the run's, which some policies divide into phases.
+          updates: the run's, which some policies divide into phases; 0: not known.
           seed: of a seeded composition.
           rows: of a global batch that this process reads.
           make: (update, indices of examples) -> batch of these.
@@ -90,6 +90,7 @@ class SelectedBatches:
         """
         self.policy, self.by_example, self.scored = policy, isinstance(policy, ExamplePolicy), 0
         self._rows, self._make, self._score, self._read_options = rows, make, score, read_options
+        self._batch_size = batch_size
         if isinstance(policy, ExamplePolicy):
             self._state = policy.init(num_examples, batch_size, updates)
         else:
@@ -98,6 +99,11 @@ class SelectedBatches:
                     f"batch_size must be at most the {num_examples} examples of the training set, got {batch_size}"
                 )
             self._state = policy.init(num_examples // batch_size)
+            if 0 < updates <= num_examples // batch_size and not isinstance(policy, InOrder) and rows.start == 0:
+                print(
+                    f"{type(policy).__name__} chooses nothing in this run: its {updates} updates are of the first pass, "
+                    f"which takes all {num_examples // batch_size} batches in order"
+                )
             seeded = policy.composition == "seeded"
             order = np.random.default_rng(seed).permutation(num_examples) if seeded else np.arange(num_examples)
             self._composition = order[: num_examples // batch_size * batch_size].reshape(-1, batch_size)
@@ -138,24 +144,40 @@ class SelectedBatches:
         """How to go on after the last observed batch, as JSON; waits for its losses."""
         self._settle()
         state = {name: _to_json(x) for name, x in self._state.items() if name not in _GIVEN}
-        return {"step": self._step, "scored": self.scored, "policy": type(self.policy).__name__, "state": state}
+        made = {"policy": type(self.policy).__name__, "batch_size": self._batch_size}
+        return {"step": self._step, "scored": self.scored, **made, "state": state}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` gave.
+        """Go on from what `get_state` gave. Policies over examples take it with another batch size, too.
 
         Raises:
-          ValueError: it is another policy's, or of other data.
+          ValueError: it is another policy's, of other data, or of batches of another size that are ranked as a whole.
         """
         check_policy(self.policy, state)
         fresh = self._state
         restored = {name: _from_json(x) for name, x in state["state"].items()}
-        for name in ("losses", "num_examples"):
-            if name in fresh and np.size(fresh[name]) != np.size(restored[name]):
-                raise ValueError(
-                    f"data.selection: the checkpoint's table has {np.size(restored[name])} losses, "
-                    f"the data {np.size(fresh[name])}"
-                )
-        self._state = restored | {name: fresh[name] for name in _GIVEN if name in fresh}
+        before = state.get("batch_size", self._batch_size)
+        resized = f" (data.batch_size: {before} -> {self._batch_size})" if before != self._batch_size else ""
+        if "losses" in fresh and len(fresh["losses"]) != len(restored["losses"]):
+            raise ValueError(
+                f"data.selection: the checkpoint's table has {len(restored['losses'])} losses, "
+                f"the data {len(fresh['losses'])}{resized}"
+            )
+        if fresh.get("num_examples") != restored.get("num_examples"):
+            raise ValueError(
+                f"data.selection: the checkpoint is of {restored['num_examples']} examples, "
+                f"the data have {fresh['num_examples']}"
+            )
+        if isinstance(self.policy, ExamplePolicy):
+            given = {name: fresh[name] for name in _GIVEN if name in fresh}
+            self._state = self.policy.resize(restored | given | {"batch_size": before}, self._batch_size)
+        elif resized:
+            raise ValueError(
+                f"data.selection: {type(self.policy).__name__} ranks batches that were composed once{resized}; "
+                "keep the size, or begin a run in another --workdir"
+            )
+        else:
+            self._state = restored
         self._step, self.scored = state["step"], state["scored"]
         self._planned, self._open, self._current = iter(()), [], None
 

@@ -15,6 +15,7 @@ from deltajax.data.loader import Dataset, half_of
 from deltajax.data.packing import Documents, FullWindows, PackedWindows
 from deltajax.data.tokenizer import Tokenizer, load_tokenizer, text_problem
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.hard_batches import Selection, Shuffled
 
 
@@ -41,14 +42,14 @@ class Config:
       ValueError: a field is out of its range.
     """
 
-    corpus: str = "stdlib"
+    corpus: str = dataclasses.field(default="stdlib", metadata=CHANGEABLE)
     tokenizer: str = "byte"
     seq_len: int = 512
-    batch_size: int = 16
+    batch_size: int = dataclasses.field(default=16, metadata=CHANGEABLE)
     seed: int = 0
     validation_fraction: float = 0.05
-    lengths: tuple[int, ...] = ()
-    evaluation_windows: int = 128
+    lengths: tuple[int, ...] = dataclasses.field(default=(), metadata=CHANGEABLE)
+    evaluation_windows: int = dataclasses.field(default=128, metadata=CHANGEABLE)
     half: Literal["all", "even", "odd"] = "all"
     selection: Selection = dataclasses.field(default_factory=Shuffled)
     special_tokens: bool = False

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from deltajax.data.loader import Dataset, half_of
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.hard_batches import Selection, Shuffled
 
 Arrays = tuple[UInt8[np.ndarray, "N H W C"], Int[np.ndarray, "N"]]
@@ -92,12 +93,12 @@ class Config:
     """
 
     name: Literal["digits", "cifar10", "cifar100", "stl10"] = "digits"
-    folder: str = ""
-    verify: bool = True
-    image_size: int | None = None
-    augment: Literal["none", "crop_flip"] = "none"
+    folder: str = dataclasses.field(default="", metadata=CHANGEABLE)
+    verify: bool = dataclasses.field(default=True, metadata=CHANGEABLE)
+    image_size: int | None = dataclasses.field(default=None, metadata=CHANGEABLE)
+    augment: Literal["none", "crop_flip"] = dataclasses.field(default="none", metadata=CHANGEABLE)
     half: Literal["all", "even", "odd"] = "all"
-    batch_size: int = 64
+    batch_size: int = dataclasses.field(default=64, metadata=CHANGEABLE)
     seed: int = 0
     selection: Selection = dataclasses.field(default_factory=Shuffled)
 
@@ -222,12 +223,14 @@ def _read(config: Config) -> tuple[Arrays, Arrays]:
     try:
         with tarfile.open(path, "r:gz") as tar:
             members = dict(_members(tar, wanted))
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, KeyError) as error:  # KeyError: a link to no member
         raise ValueError(f"folder: {path} is damaged: {error}") from None
     missing = sorted(wanted - members.keys())
     if missing:
         raise ValueError(f"folder: {path} lacks {missing[0]}")
-    train, test = (_decode(archive, [members[name] for name in names], path) for names in (archive.train, archive.test))
+    train, test = (
+        _decode(archive, {name: members[name] for name in split}, path) for split in (archive.train, archive.test)
+    )
     return train, test
 
 
@@ -243,21 +246,29 @@ def _members(tar: tarfile.TarFile, wanted: set[str]) -> Iterator[tuple[str, byte
                 return
 
 
-def _decode(archive: Archive, contents: list[bytes], path: Path) -> Arrays:
-    """Images and labels of one split."""
-    values = archive.size**2 * 3
-    if archive.labels:
-        contents = [b"".join(contents)]
-    stride = values + archive.labels
-    if not contents[0] or len(contents[0]) % stride:
-        raise ValueError(f"folder: {path} holds {len(contents[0])} bytes of a split, which are not records of {stride}")
-    records = np.frombuffer(contents[0], np.uint8).reshape(-1, stride)
+def _decode(archive: Archive, contents: dict[str, bytes], path: Path) -> Arrays:
+    """Images and labels of one split, from its members by name."""
+    stride = archive.size**2 * 3 + archive.labels
+    names = list(contents) if archive.labels else list(contents)[:1]
+    for name in names:
+        if not contents[name] or len(contents[name]) % stride:
+            size = len(contents[name])
+            raise ValueError(f"folder: {path} holds {size} bytes in {name}, which are not records of {stride}")
+    records = np.frombuffer(b"".join(contents[name] for name in names), np.uint8).reshape(-1, stride)
     images = records[:, archive.labels :].reshape(-1, 3, archive.size, archive.size)
     if archive.labels:
-        labels = records[:, archive.labels - 1].astype(np.int64)
+        labels, stored = records[:, archive.labels - 1].astype(np.int64), 0
     else:
         images = images.swapaxes(2, 3)
-        labels = np.frombuffer(contents[1], np.uint8).astype(np.int64) - 1
-    if len(labels) != len(images) or labels.min() < 0 or labels.max() >= archive.classes:
-        raise ValueError(f"folder: {path} has labels that are not one in [0, {archive.classes}) for each image")
+        (name,) = contents.keys() - set(names)
+        labels, stored = np.frombuffer(contents[name], np.uint8).astype(np.int64) - 1, 1
+    wrong = f"folder: {path} has labels that are not one in [0, {archive.classes}) for each image"
+    if len(labels) != len(images):
+        raise ValueError(f"{wrong}: {len(labels)} labels and {len(images)} images in {' and '.join(contents)}")
+    outside = np.flatnonzero((labels < 0) | (labels >= archive.classes))
+    if len(outside):
+        first = int(outside[0])
+        raise ValueError(
+            f"{wrong}: image {first} of {', '.join(contents)} has {labels[first]} (stored as {labels[first] + stored})"
+        )
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels

@@ -12,10 +12,9 @@ from deltajax.models import efficientnet, frames, resnet
 def fold(params: dict, stats: dict, config: frames.Config) -> tuple[Graph, Params]:
     """The network of a `models.frames.Config` as (graph, parameters); without delta activations the maps hold plain values.
 
-    The head's hidden activation must be a relu, as a ResNet's is, or the graph's head cannot be what the network's is.
-
     Raises:
-      ValueError: the network has squeeze and excitation, whose pooling makes every pixel depend on every other.
+      ValueError: the network has squeeze and excitation, whose pooling makes every pixel depend on every other; another
+        padding than "symmetric"; or a hidden layer of the head with another activation than relu, the graph's.
     """
     builder = _Builder(config, params.get("delta", {}))
     network, statistics = params["network"], stats["network"]
@@ -133,6 +132,8 @@ def _inverted_residuals(builder: _Builder, params: dict, stats: dict, config: ef
         )
     if config.padding != "symmetric":
         raise ValueError(f"padding must be symmetric for inference by tiles, got {config.padding!r}")
+    if config.head_hidden is not None and config.activation != "relu":
+        raise ValueError(f"activation must be relu for a head with a hidden layer, got {config.activation!r}")
     x = builder.conv("stem", "input", params["stem"], stats["stem"], 2, activation=config.activation, place="stem")
     for i, stage in enumerate(config.stages):
         for j, block in enumerate(params["stages"][i]):

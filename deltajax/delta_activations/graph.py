@@ -140,7 +140,11 @@ class Graph:
             for source, window in node.sources:
                 if source not in seen:
                     raise ValueError(f"node {node.name} reads {source!r}; maps before it: {', '.join(seen) or 'none'}")
-                if node.kind == "max_pool" and window.padding != (0, 0) and seen[source].activation != "relu":
+                if (
+                    node.kind == "max_pool"
+                    and window.padding != (0, 0)
+                    and seen[source].activation not in ("relu", "relu6")
+                ):
                     raise ValueError(f"node {node.name} max-pools {source!r} with margins: it must end in a relu")
             if node.name in seen or (node.kind == "input") != (not node.sources):
                 raise ValueError(f"node {node.name}: name used twice, or an input with sources, or no input without")

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from deltajax.delta_activations import changes, native, tiles
 from deltajax.delta_activations.graph import Graph, Params, inside
 from deltajax.delta_activations.tiles import DENSE, Tiling, default_tiling
+from deltajax.rounding import floor_of
 
 __all__ = ["DENSE", "Implementation", "State", "Stream", "Tiling", "calibrate", "default_tiling"]
 
@@ -273,7 +274,7 @@ def calibrate(stream: Stream, frames: Sequence[Any], rounds: int = 3) -> dict[st
         return {}
 
     def times(share: float, of_input: int) -> tuple[np.ndarray, np.ndarray]:
-        limits = {name: int(share * count) for name, count in stream.tile_counts.items()}
+        limits = {name: floor_of(share, count) for name, count in stream.tile_counts.items()}
         stream.set_limits({**limits, stream.nodes[0]: of_input})
         best = np.full(len(frames) - 1, np.inf)
         changed = np.zeros(len(frames) - 1, int)
@@ -293,7 +294,7 @@ def calibrate(stream: Stream, frames: Sequence[Any], rounds: int = 3) -> dict[st
     # The number that loses least time against knowing the better way for every frame.
     candidates = sorted({-1, *changed.tolist()})
     limit = min(candidates, key=lambda n: np.where(changed <= n, sparse, dense).sum())
-    limits = {name: int(share * count) for name, count in stream.tile_counts.items()}
+    limits = {name: floor_of(share, count) for name, count in stream.tile_counts.items()}
     limits[stream.nodes[0]] = limit
     stream.set_limits(limits)
     return limits

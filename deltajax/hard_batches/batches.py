@@ -1,6 +1,6 @@
 """Policies over batches of fixed composition: in order, the hardest, the easiest, or random ones of each round.
 
-Pass 1 takes all N batches in index order. Then rounds of int(delta N) batches follow, in index order too. The loss of a batch
+Pass 1 takes all N batches in index order. Then rounds of floor(delta N) batches follow, in index order too. The loss of a batch
 is recorded whenever it is trained on; the others keep theirs, however old (arXiv 2304.03486, algorithm 1). One epoch is N
 updates for every delta, so runs of E N updates compare at equal cost.
 """
@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
+from deltajax.rounding import floor_of
 
 State = dict[str, Any]
 
@@ -103,9 +105,9 @@ class InOrder(BatchPolicy):
 
 @dataclasses.dataclass(frozen=True)
 class _Share(BatchPolicy):
-    """A round of int(delta N) batches, delta in (0, 1]."""
+    """A round of floor(delta N) batches, delta in (0, 1]; `rounding` says how the product is taken."""
 
-    delta: float = 0.5
+    delta: float = dataclasses.field(default=0.5, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
@@ -113,7 +115,7 @@ class _Share(BatchPolicy):
         check_number(self, "delta", 0, 1)
 
     def _per_round(self, num_batches):
-        count = int(self.delta * num_batches)
+        count = floor_of(self.delta, num_batches)
         if count == 0:
             raise ValueError(
                 f"delta must be at least 1 / {num_batches}, or a round of the {num_batches} batches is empty, got {self.delta!r}"
@@ -151,7 +153,7 @@ class RandomBatches(_Share):
       seed: of the draws, >= 0.
     """
 
-    seed: int = 0
+    seed: int = dataclasses.field(default=0, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
+from deltajax.rounding import floor_of
 
 State = dict[str, Any]
 
@@ -58,7 +60,7 @@ class ExamplePolicy:
         Args:
           num_examples: of the training set.
           batch_size: examples of a draw.
-          updates: that the run will make in all.
+          updates: that the run will make in all; 0: not known.
 
         Raises:
           ValueError: the examples are fewer than a batch.
@@ -87,12 +89,36 @@ class ExamplePolicy:
     def _update(self, state: State, draw: Draw, losses: Float[np.ndarray, "B"]) -> State:
         raise NotImplementedError
 
+    def resize(self, state: State, batch_size: int) -> State:
+        """The state from which draws of another size follow: no example is left out or drawn again on that account.
+
+        What remains of an epoch and does not fill a batch is left out, as always.
+        """
+        if batch_size == state["batch_size"]:
+            return state
+        return self._resize(state, batch_size) | {"batch_size": batch_size}
+
+    def _resize(self, state: State, batch_size: int) -> State:
+        raise NotImplementedError
+
     def _candidates(self, state: State, number: int) -> Int[np.ndarray, "B"]:
         """Batch `number` of endless epochs, each in an order of its own and without its incomplete last batch."""
-        per_epoch = state["num_examples"] // state["batch_size"]
-        epoch, i = divmod(number, per_epoch)
+        epoch, first = self._place(state, number)
         order = np.random.default_rng((self.seed, epoch)).permutation(state["num_examples"])
-        return order[i * state["batch_size"] : (i + 1) * state["batch_size"]]
+        return order[first : first + state["batch_size"]]
+
+    def _place(self, state: State, number: int) -> tuple[int, int]:
+        """The epoch in which batch `number` of candidates is, and its first example's place in it.
+
+        Numbers count from `origin`: (number, epoch, place) of the first batch of the present size.
+        """
+        size, (origin, epoch, place) = state["batch_size"], state.get("origin", (0, 0, 0))
+        number -= origin
+        left = (state["num_examples"] - place) // size
+        if number < left:
+            return epoch, place + number * size
+        more, i = divmod(number - left, state["num_examples"] // size)
+        return epoch + 1 + more, i * size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +132,8 @@ class SelectiveBackprop(ExamplePolicy):
     Batches of candidates are scored; kept ones wait until they fill a batch.
     """
 
-    beta: float = 1.0
-    history: int = 1024
+    beta: float = dataclasses.field(default=1.0, metadata=CHANGEABLE)
+    history: int = dataclasses.field(default=1024, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
@@ -126,6 +152,9 @@ class SelectiveBackprop(ExamplePolicy):
         if len(state["waiting"]) >= state["batch_size"]:
             return [Draw(state["waiting"][: state["batch_size"]])]
         return [Draw(self._candidates(state, state["scored"]), scored=True)]
+
+    def _resize(self, state, batch_size):
+        return state | {"origin": (state["scored"], *self._place(state, state["scored"]))}
 
     def _update(self, state, draw, losses):
         if not draw.scored:
@@ -147,11 +176,12 @@ class InfoBatch(ExamplePolicy):
         counts 1 / (1 - r) where it is not, which keeps the expected gradient.
       full: the last part of all updates, whose epochs are whole.
 
-    Losses are those of the training steps themselves. An epoch's incomplete last batch is left out.
+    Losses are those of the training steps themselves. An epoch's incomplete last batch is left out. The first epoch is whole,
+    too, since no loss is known before it ends, and so is one that would keep less than a batch.
     """
 
-    ratio: float = 0.5
-    full: float = 0.125
+    ratio: float = dataclasses.field(default=0.5, metadata=CHANGEABLE)
+    full: float = dataclasses.field(default=0.125, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
@@ -161,8 +191,27 @@ class InfoBatch(ExamplePolicy):
                 raise ValueError(f"{name} must be a number in [0, 1), got {getattr(self, name)!r}")
 
     def init(self, num_examples, batch_size, updates):
-        """See `ExamplePolicy`; adds every example's last loss, and this epoch's order and factors."""
+        """See `ExamplePolicy`; adds every example's last loss, and this epoch's order and factors.
+
+        Raises:
+          ValueError: also if no epoch could be pruned: all updates are of the first epoch or of the last part, or an epoch is
+            one batch.
+        """
         state = super().init(num_examples, batch_size, updates)
+        first, last = num_examples // batch_size, floor_of(self.full, updates)
+        if num_examples == batch_size:
+            raise ValueError(
+                f"batch_size must be less than the {num_examples} examples for InfoBatch to prune any, got {batch_size}"
+            )
+        if updates == 0 and self.full:
+            raise ValueError(
+                f"updates must be those of the whole run, of which InfoBatch leaves the last {self.full} whole, got {updates}"
+            )
+        if updates and updates <= first + last:
+            raise ValueError(
+                f"updates must be > {first + last} for InfoBatch to prune anything, as the first {first} and the last {last} "
+                f"(full = {self.full}) are of whole epochs, got {updates}"
+            )
         state |= {"losses": np.full(num_examples, np.inf, np.float32), "epoch": 0, "position": 0, "done": 0}
         return state | self._epoch(state)
 
@@ -172,12 +221,17 @@ class InfoBatch(ExamplePolicy):
         starts = range(state["position"], len(state["order"]) - size + 1, size)
         return [Draw(state["order"][i : i + size], state["rescale"][i : i + size]) for i in starts]
 
+    def _resize(self, state, batch_size):
+        return self._begin_epoch_if_due(state | {"batch_size": batch_size})
+
     def _update(self, state, draw, losses):
         table = state["losses"].copy()
         table[draw.examples] = losses
-        size = state["batch_size"]
-        state = state | {"losses": table, "position": state["position"] + size, "done": state["done"] + 1}
-        if state["position"] + size <= len(state["order"]):
+        position = state["position"] + state["batch_size"]
+        return self._begin_epoch_if_due(state | {"losses": table, "position": position, "done": state["done"] + 1})
+
+    def _begin_epoch_if_due(self, state):
+        if state["position"] + state["batch_size"] <= len(state["order"]):
             return state
         state |= {"position": 0, "epoch": state["epoch"] + 1}
         return state | self._epoch(state)
@@ -188,7 +242,7 @@ class InfoBatch(ExamplePolicy):
         losses = state["losses"]
         known = losses[np.isfinite(losses)]
         easy = losses < (known.mean(dtype=np.float64) if len(known) else -np.inf)
-        if state["done"] >= (1 - self.full) * state["updates"]:
+        if self.full and state["updates"] - state["done"] <= floor_of(self.full, state["updates"]):
             easy[:] = False
         kept = ~(easy & (rng.random(len(losses)) < self.ratio))
         if kept.sum() < state["batch_size"]:
@@ -207,7 +261,7 @@ class RhoLoss(ExamplePolicy):
       pool: batches of candidates per batch that is trained on (the paper's: 10).
     """
 
-    table: str = ""
+    table: str = dataclasses.field(default="", metadata=CHANGEABLE)
     pool: int = 10
 
     def __post_init__(self):
@@ -232,6 +286,12 @@ class RhoLoss(ExamplePolicy):
         done = len(state["excess"]) // state["batch_size"]
         numbers = range(state["pools"] * self.pool + done, (state["pools"] + 1) * self.pool)
         return [Draw(self._candidates(state, n), scored=True) for n in numbers]
+
+    def _resize(self, state, batch_size):
+        """A pool that is not complete or not trained on is scored again."""
+        first = (state["pools"] - (len(state["chosen"]) > 0)) * self.pool
+        fresh = {"excess": np.zeros(0, np.float32), "chosen": np.zeros(0, np.int64)}
+        return state | fresh | {"pools": first // self.pool, "origin": (first, *self._place(state, first))}
 
     def _update(self, state, draw, losses):
         if not draw.scored:

@@ -1,8 +1,8 @@
 """Weights of torchvision's and timm's convolutional networks: safetensors files to our parameters and statistics."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 from safetensors import SafetensorError, safe_open
 
+from deltajax.interop import architectures
+from deltajax.interop.architectures import Layout
 from deltajax.layers.param import init_params
 from deltajax.models import efficientnet, registry, resnet
 
-Layout = Literal["timm", "torchvision"]
 Units = dict[str, tuple[str, str]]  # path of a `conv_norm` -> names of its convolution and its norm
 Linears = dict[tuple[str, str], str]  # paths of weight and bias -> name
 
@@ -21,13 +22,25 @@ Linears = dict[tuple[str, str], str]  # paths of weight and bias -> name
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def load(path: str | Path, config: Any, *, new_head: PRNGKeyArray | None = None) -> tuple[dict, dict]:
+def load(
+    path: str | Path,
+    config: Any,
+    *,
+    new_head: PRNGKeyArray | None = None,
+    architecture: str | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[dict, dict]:
     """(parameters, running statistics) in float32 from a safetensors file.
+
+    What the weights do not show, such as the activation, must be what their architecture has (`architectures`).
 
     Args:
       path: weights of the same architecture, in the names of timm or of torchvision.
       config: of `models.resnet` or `models.efficientnet` (`models.mobilenet` too).
       new_head: draw the classifier from this key instead of reading it, to train on other classes.
+      architecture: its library's name for it, such as "mobilenetv2_100"; "other": one's own, with any settings; None: what
+        the file, a config.json beside it or its name says, else what its shapes are known for.
+      say: called with a line that says what is assumed of the weights.
 
     Raises:
       FileNotFoundError: no such file.
@@ -36,20 +49,45 @@ def load(path: str | Path, config: Any, *, new_head: PRNGKeyArray | None = None)
     try:
         with safe_open(str(path), framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            named = architectures.name_of(Path(path), file.metadata() or {}) if architecture is None else None
     except FileNotFoundError:
         raise FileNotFoundError(f"weights: {str(path)!r} does not exist") from None
     except (SafetensorError, TypeError, OSError) as error:
         raise ValueError(f"weights: {str(path)!r} is not a readable safetensors file: {error}") from None
     try:
-        return from_tensors(tensors, config, new_head=new_head)
+        return _read(tensors, config, new_head, named if architecture is None else _given(architecture), say)
     except ValueError as error:
         raise ValueError(f"weights: {str(path)!r}: {error}") from None
 
 
 def from_tensors(
-    tensors: Mapping[str, np.ndarray], config: Any, *, new_head: PRNGKeyArray | None = None
+    tensors: Mapping[str, np.ndarray],
+    config: Any,
+    *,
+    new_head: PRNGKeyArray | None = None,
+    architecture: str | None = None,
 ) -> tuple[dict, dict]:
     """(parameters, running statistics) from arrays by PyTorch name; see `load`."""
+    named = None if architecture is None else _given(architecture)
+    return _read(tensors, config, new_head, named, lambda line: None)
+
+
+def _given(architecture: str) -> tuple[str, str]:
+    names = sorted({a.name for a in architectures.known()})
+    if architecture not in (*names, architectures.OTHER):
+        raise ValueError(
+            f"architecture must be one of {', '.join(names)} or {architectures.OTHER}, got {architecture!r}"
+        )
+    return architecture, "as given"
+
+
+def _read(
+    tensors: Mapping[str, np.ndarray],
+    config: Any,
+    new_head: PRNGKeyArray | None,
+    named: tuple[str, str] | None,
+    say: Callable[[str], None],
+) -> tuple[dict, dict]:
     layout: Layout = "torchvision" if any(name.startswith("features.") for name in tensors) else "timm"
     names = tensor_names(config, layout)
     module = registry.module_of(config)
@@ -77,6 +115,7 @@ def from_tensors(
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"the weights do not fit the config: {', '.join(problems[:3])}{more}")
+    say(f"weights of {architectures.check(config, layout, named)}{'; its classifier is left out' if drawn else ''}")
     return {**read_params, **drawn}, read_stats
 
 
@@ -143,6 +182,8 @@ def _torchvision(config: efficientnet.Config) -> tuple[Units, Linears]:
     linears: Linears = {}
     mobile = config.head_hidden is not None  # MobileNetV3 numbers blocks through, EfficientNet within a stage
     count = len(config.stages)
+    if not any(stage.squeeze or stage.block == "fused" for stage in config.stages):
+        return _mobilenet_v2(config)
     for path, _, block, index in _blocks(config):
         _, i, j = path.split(".")
         theirs = f"features.{index + 1}.block" if mobile else f"features.{int(i) + 1}.{j}.block"
@@ -156,6 +197,21 @@ def _torchvision(config: efficientnet.Config) -> tuple[Units, Linears]:
     if mobile:
         return units, {**linears, _HIDDEN: "classifier.0", _HEAD: "classifier.3"}
     return units, {**linears, _HEAD: "classifier.1"}
+
+
+def _mobilenet_v2(config: efficientnet.Config) -> tuple[Units, Linears]:
+    """Torchvision's names of a network without squeeze and excitation: blocks are numbered through, projections apart."""
+    units: Units = {"stem": ("features.0.0", "features.0.1")}
+    count = 0
+    for path, _, block, index in _blocks(config):
+        theirs, count = f"features.{index + 1}.conv", index + 1
+        for n, name in enumerate(x for x in ("expand", "depthwise", "project") if x in block):
+            last = name == "project"
+            units[f"{path}.{name}"] = (
+                (f"{theirs}.{n}", f"{theirs}.{n + 1}") if last else (f"{theirs}.{n}.0", f"{theirs}.{n}.1")
+            )
+    units["last"] = (f"features.{count + 1}.0", f"features.{count + 1}.1")
+    return units, {_HEAD: "classifier.1"}
 
 
 def _blocks(config: efficientnet.Config) -> Iterator[tuple[str, efficientnet.Stage, dict, int]]:

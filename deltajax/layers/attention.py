@@ -22,6 +22,7 @@ from deltajax.ops.activation_statistics import first_token_share
 from deltajax.ops.over_mesh import over_mesh, spread_over, tokens_before
 from deltajax.ops.segments import number_segments, segment_starts
 from deltajax.ops.taps import tag
+from deltajax.rounding import floor_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Config:
     @property
     def rotary_dims(self) -> int:
         """Dimensions of a head that are rotated."""
-        return int(self.head_dim * self.rope_fraction)
+        return floor_of(self.rope_fraction, self.head_dim)
 
     @property
     def kv_heads(self) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deltajax.errors import check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers.param import ParamSpec, is_spec
 
 
@@ -24,7 +25,7 @@ class Config:
       eps: added to the variance.
     """
 
-    momentum: float = 0.1
+    momentum: float = dataclasses.field(default=0.1, metadata=CHANGEABLE)
     eps: float = 1e-5
 
     def __post_init__(self):

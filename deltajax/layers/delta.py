@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import conv, gates, linear
 from deltajax.layers.norm import l2_norm, rms_norm, rms_norm_spec
 from deltajax.layers.param import init_params
@@ -45,7 +46,7 @@ class Config:
     output_gate: Literal["silu", "sigmoid"] | None = None
     conv_width: int = 4
     norm_eps: float = 1e-6
-    implementation: str | None = None
+    implementation: str | None = dataclasses.field(default=None, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from deltajax.errors import check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers.param import ParamSpec, init_params
 from deltajax.ops import delta_activation as ops
 
@@ -27,7 +28,7 @@ class Config:
 
     steps: Literal["channel", "layer", "neuron"] = "channel"
     init_step: float = 0.1
-    step_gradient: ops.StepGradient = "raise"
+    step_gradient: ops.StepGradient = dataclasses.field(default="raise", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""

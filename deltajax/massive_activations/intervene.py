@@ -10,7 +10,7 @@ constants that the model needs.
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,35 +23,49 @@ from jaxtyping import Array, Bool, Float, Int
 from deltajax import cli
 from deltajax.massive_activations import tables
 from deltajax.ops import taps
+from deltajax.ops.activation_statistics import padding_mask
 
 Mode = Literal["none", "zero", "mean", "neighbours"]
 MODES: tuple[Mode, ...] = ("none", "zero", "mean", "neighbours")
 COLUMNS = ("model", "layer", "top", "mode", "loss", "change")
 
 
-def massive(x: Float[Array, "B ... D"], top: int) -> Bool[Array, "B ... D"]:
-    """The `top` values of largest magnitude of each sequence.
+def massive(x: Float[Array, "B ... D"], top: int, mask: Bool[Array, "B ..."] | None = None) -> Bool[Array, "B ... D"]:
+    """Select exactly `top` values of each sequence, those of largest magnitude; of equals the first.
+
+    Args:
+      mask: which positions count, x's shape without channels; None: all. Where fewer values than `top`
+        count, these are selected.
 
     Raises:
-      ValueError: a sequence has not so many.
+      ValueError: `top` is not an integer from 1 to the number of values of a sequence.
     """
     magnitude = jnp.abs(x.astype(jnp.float32)).reshape(x.shape[0], -1)
-    if top > magnitude.shape[1]:
-        raise ValueError(f"top must be at most {magnitude.shape[1]}, the values of a sequence, got {top}")
-    least = jax.lax.top_k(magnitude, top)[0][:, -1:]
-    return (magnitude >= least).reshape(x.shape)
+    if not isinstance(top, int | np.integer) or isinstance(top, bool) or not 1 <= top <= magnitude.shape[1]:
+        raise ValueError(
+            f"top must be an integer from 1 to {magnitude.shape[1]}, the values of a sequence, got {top!r}"
+        )
+    counted = jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(mask[..., None], x.shape)
+    largest = jax.lax.top_k(jnp.where(counted.reshape(magnitude.shape), magnitude, -1), int(top))[1]
+    chosen = jnp.put_along_axis(jnp.zeros(magnitude.shape, bool), largest, True, axis=1, inplace=False)
+    return chosen.reshape(x.shape) & counted
 
 
 def overwrite(
-    x: Float[Array, "B ... D"], mode: Mode, top: int, mean: Float[Array, "D"] | None = None
+    x: Float[Array, "B ... D"],
+    mode: Mode,
+    top: int,
+    mean: Float[Array, "D"] | None = None,
+    mask: Bool[Array, "B ..."] | None = None,
 ) -> Float[Array, "B ... D"]:
-    """Activations with their `massive` values replaced.
+    """Replace the `massive` values of activations.
 
     Args:
       mode: "zero": by 0; "mean": by `mean` of their channel; "neighbours", a control: the channel beside each is set to 0
         instead, at the same positions; "none": nothing.
       top: values per sequence.
       mean: see `channel_means`.
+      mask: as in `massive`.
 
     Raises:
       ValueError: an unknown mode, or "mean" without `mean`.
@@ -60,7 +74,7 @@ def overwrite(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "none":
         return x
-    chosen = massive(x, top)
+    chosen = massive(x, top, mask)
     if mode == "neighbours":
         chosen = jnp.roll(chosen, 1, axis=-1)
     if mode != "mean":
@@ -71,60 +85,99 @@ def overwrite(
 
 
 def intervened(f: Callable, layer: int | Int[Array, ""], change: Callable[[Array], Array]) -> Callable:
-    """`f` with the residual stream after block `layer` (from 0) replaced by `change` of it.
+    """Return `f` with the residual stream after block `layer` (from 0) replaced by `change` of it.
 
     Args:
       f: tags its blocks' outputs "residual" (see `ops.taps`).
+      layer: may be traced; then the caller checks that there is such a block.
+
+    Raises (when the result is called):
+      ValueError: there is no such block.
     """
-    return taps.replace(f, {"residual": lambda x, place: jnp.where(place == layer, change(x), x)})
+    replaced = taps.replace(f, {"residual": lambda x, place: jnp.where(place == layer, change(x), x)})
+
+    def call(*args):
+        if not isinstance(layer, jax.core.Tracer):
+            check_layers([layer], taps.tags(f, *args).count("residual"))
+        return replaced(*args)
+
+    return call
 
 
-def channel_means(f: Callable, params: Any, batches: Sequence[Any], top: int) -> Float[np.ndarray, "layers D"]:
-    """Mean of the `massive` values of each block and channel over all batches, sign included; 0 where a channel has none.
+def check_layers(layers: Sequence[Any], blocks: int) -> None:
+    """Raise a ValueError unless every layer is the number of a block, from 0."""
+    for layer in layers:
+        if isinstance(layer, bool) or not 0 <= layer < blocks or int(layer) != layer:
+            raise ValueError(f"layer must be a block's number, 0 to {blocks - 1}, got {layer}")
+
+
+def channel_means(f: Callable, params: Any, batches: Iterable[Any], top: int) -> Float[np.ndarray, "layers D"]:
+    """Average the `massive` values of each block and channel over all batches, sign included; 0 where a channel has none.
 
     Args:
       f: (params, batch) -> anything; tags its blocks' outputs "residual".
+      batches: their padding does not count, where they have `segment_ids` (see `padding_mask`).
+
+    Raises:
+      ValueError: there is no batch.
     """
 
-    def probe(x: Array) -> tuple[Array, Array]:
-        chosen, axes = massive(x, top), tuple(range(x.ndim - 1))
-        return jnp.sum(jnp.where(chosen, x.astype(jnp.float32), 0), axes), jnp.sum(chosen, axes)
+    @jax.jit
+    def run(params, batch):
+        def probe(x: Array) -> tuple[Array, Array]:
+            chosen, axes = massive(x, top, _mask(batch)), tuple(range(x.ndim - 1))
+            return jnp.sum(jnp.where(chosen, x.astype(jnp.float32), 0), axes), jnp.sum(chosen, axes)
 
-    run = jax.jit(lambda params, batch: taps.capture(f, {"residual": probe})(params, batch)[1]["residual"])
-    totals, counts = (
-        np.sum(parts, axis=0) for parts in zip(*(jax.device_get(run(params, b)) for b in batches), strict=True)
-    )
+        return taps.capture(f, {"residual": probe})(params, batch)[1]["residual"]
+
+    parts = [jax.device_get(run(params, batch)) for batch in batches]
+    if not parts:
+        raise ValueError("batches must hold at least one batch, got none")
+    totals, counts = (np.sum(part, axis=0) for part in zip(*parts, strict=True))
     return totals / np.maximum(counts, 1)
 
 
 def losses(
     sums: Callable[[Any, Any], dict[str, Array]],
     params: Any,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     layers: Sequence[int],
     top: int,
 ) -> dict[int, dict[Mode, float]]:
-    """Mean loss over batches in each mode, for each of these blocks.
+    """Compute the mean loss over batches in each mode, for each of these blocks.
 
     Args:
       sums: (params, batch) -> {"loss", "weight"}, sums over the batch; tags its blocks' outputs "residual".
+      batches: read once; padding is never overwritten, see `channel_means`.
       layers: blocks, from 0.
       top: values per sequence that are overwritten.
+
+    Raises:
+      ValueError: there is no such block, no batch, or nothing in the batches has a weight.
     """
+    batches = list(batches)
     means = jnp.asarray(channel_means(sums, params, batches, top))
+    check_layers(layers, len(means))
 
     @jax.jit
     def run(params, batch, layer, mode):
-        choices = [functools.partial(overwrite, mode=name, top=top, mean=means[layer]) for name in MODES]
+        mean, mask = means[layer], _mask(batch)
+        choices = [functools.partial(overwrite, mode=name, top=top, mean=mean, mask=mask) for name in MODES]
         return intervened(sums, layer, lambda x: jax.lax.switch(mode, choices, x))(params, batch)
 
     def mean_loss(layer: int, mode: Mode) -> float:
-        found = [jax.device_get(run(params, batch, layer, MODES.index(mode))) for batch in batches]
-        total = {name: np.sum([s[name] for s in found], dtype=np.float64) for name in ("loss", "weight")}
+        parts = [jax.device_get(run(params, batch, layer, MODES.index(mode))) for batch in batches]
+        total = {name: np.sum([part[name] for part in parts], dtype=np.float64) for name in ("loss", "weight")}
+        if not total["weight"]:
+            raise ValueError("batches must hold targets with a weight, got none")
         return float(total["loss"] / total["weight"])
 
     untouched = mean_loss(0, "none")
     return {layer: {m: untouched if m == "none" else mean_loss(layer, m) for m in MODES} for layer in layers}
+
+
+def _mask(batch: Any) -> Array | None:
+    return padding_mask(batch) if isinstance(batch, Mapping) else None
 
 
 def rows(model: str, found: dict[int, dict[Mode, float]], top: int) -> list[dict[str, object]]:

@@ -32,15 +32,19 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from deltajax.ops.activation_statistics import summarise, with_statistics
 
 
-def measurer(f: Callable) -> Callable[..., dict[str, np.ndarray]]:
-    """`f`, compiled, returning instead of its result the statistics of each block over the batch: `summarise`, [layers] each.
+def measurer(f: Callable, mask: Callable[..., Array | None] | None = None) -> Callable[..., dict[str, np.ndarray]]:
+    """Return `f`, compiled, with the statistics of each block over the batch as its result: `summarise`, [layers] each.
+
+    Args:
+      mask: f's arguments -> which positions count [B, T]; padding must not. None: all positions count.
 
     Raises (when the result is called):
       ValueError: nothing is tagged "residual".
     """
-    run = jax.jit(lambda *args: with_statistics(f)(*args)[1])
+    run = jax.jit(lambda *args: with_statistics(f, mask=mask)(*args)[1])
     return lambda *args: summarise(jax.device_get(run(*args)))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deltajax.errors import check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import delta_activation
 from deltajax.layers.param import init_params, stack_specs
 from deltajax.models import fan_out, lm
@@ -37,7 +38,7 @@ class Config:
 
     lm: lm.Config
     delta: delta_activation.Config | None = None
-    rate: float = 0.0
+    rate: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""

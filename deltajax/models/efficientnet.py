@@ -1,7 +1,7 @@
-"""Networks of inverted residuals: EfficientNet-B4 (arXiv 1905.11946), EfficientNetV2-S (2104.00298), MobileNetV3 (`mobilenet`).
+"""Networks of inverted residuals: EfficientNet (arXiv 1905.11946), EfficientNetV2-S (2104.00298), MobileNets (`mobilenet`).
 
-A network is a table of stages. `b4()` and `v2_s()` are torchvision's; timm's `tf_` weights want
-`padding="same", norm=batch_norm.Config(eps=1e-3)`.
+A network is a table of stages. `b4()` and `v2_s()` are torchvision's, `lite(0)` timm's; timm's `tf_` weights want
+`padding="same", norm=batch_norm.Config(eps=1e-3)`. `interop.vision` refuses weights that were made for other settings.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import batch_norm, classifier, conv2d, conv_norm, squeeze_excitation
 from deltajax.layers.activation import ACTIVATIONS, Name
 from deltajax.layers.param import count_params, init_params
 from deltajax.models.losses import cross_entropy_sums
 from deltajax.models.resnet import Tap
+from deltajax.rounding import exact, round_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Squeeze:
 
     def reduced(self, channels: int, hidden: int) -> int:
         """Width between the two maps."""
-        return round_channels(hidden * self.ratio) if self.of == "hidden" else max(1, round(channels * self.ratio))
+        return round_channels(self.ratio, hidden) if self.of == "hidden" else max(1, round_of(self.ratio, channels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +118,10 @@ class Config:
     padding: conv2d.Padding = "symmetric"
     in_channels: int = 3
     num_classes: int = 1000
-    dropout: float = 0.0
-    drop_path: float = 0.0
+    dropout: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
+    drop_path: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
     norm: batch_norm.Config = dataclasses.field(default_factory=batch_norm.Config)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""
@@ -132,16 +134,25 @@ class Config:
                 raise ValueError(f"{name} must be a number in [0, 1), got {getattr(self, name)!r}")
 
 
-_SQUEEZE = Squeeze()
-_B4 = (  # B0 with widths times 1.4 and depths times 1.8
-    Stage("inverted", 24, 2, squeeze=_SQUEEZE),
-    Stage("inverted", 32, 4, 3, 2, 6, _SQUEEZE),
-    Stage("inverted", 56, 4, 5, 2, 6, _SQUEEZE),
-    Stage("inverted", 112, 6, 3, 2, 6, _SQUEEZE),
-    Stage("inverted", 160, 6, 5, 1, 6, _SQUEEZE),
-    Stage("inverted", 272, 8, 5, 2, 6, _SQUEEZE),
-    Stage("inverted", 448, 2, 3, 1, 6, _SQUEEZE),
+def round_channels(factor: float, channels: int) -> int:
+    """The multiple of 8 that is nearest to the product, at least 8 and never below 0.9 of it (the papers' rule)."""
+    product = exact(factor) * channels
+    rounded = max(8, int(product + 4) // 8 * 8)
+    return rounded if 10 * rounded >= 9 * product else rounded + 8
+
+
+Row = tuple[int, int, int, int, int]  # kernel, expansion, channels, repeats, stride
+_B0: tuple[Row, ...] = (
+    (3, 1, 16, 1, 1),
+    (3, 6, 24, 2, 2),
+    (5, 6, 40, 2, 2),
+    (3, 6, 80, 3, 2),
+    (5, 6, 112, 3, 1),
+    (5, 6, 192, 4, 2),
+    (3, 6, 320, 1, 1),
 )
+SCALES = ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8), (1.6, 2.2), (1.8, 2.6), (2.0, 3.1), (2.2, 3.6))
+_SQUEEZE = Squeeze()
 _V2_S = (
     Stage("fused", 24, 2),
     Stage("fused", 48, 4, 3, 2, 4),
@@ -150,14 +161,45 @@ _V2_S = (
     Stage("inverted", 160, 9, 3, 1, 6, _SQUEEZE),
     Stage("inverted", 256, 15, 3, 2, 6, _SQUEEZE),
 )
-b4 = functools.partial(Config, stem=48, stages=_B4, head=1792)
+
+
+def scaled_stages(
+    rows: tuple[Row, ...], width: float, depth: float, activation: Name, squeeze: Squeeze | None, fixed_ends: bool
+) -> tuple[Stage, ...]:
+    """Stages with their channels times `width` and their blocks times `depth`, rounded up (arXiv 1905.11946, section 3.3).
+
+    Args:
+      rows: of the network that is scaled.
+      width, depth: factors.
+      activation, squeeze: of all stages.
+      fixed_ends: keep the numbers of blocks of the first and the last stage.
+    """
+    stages = []
+    for i, (kernel, expansion, channels, repeats, stride) in enumerate(rows):
+        blocks = repeats if fixed_ends and i in (0, len(rows) - 1) else math.ceil(exact(depth) * repeats)
+        stages.append(
+            Stage("inverted", round_channels(width, channels), blocks, kernel, stride, expansion, squeeze, activation)
+        )
+    return tuple(stages)
+
+
+def b(number: int, **changes: Any) -> Config:
+    """EfficientNet-B0 to B8, torchvision's and timm's; B5 to B7 of torchvision want `norm=batch_norm.Config(eps=1e-3)`."""
+    width, depth = SCALES[number]
+    stages = scaled_stages(_B0, width, depth, "silu", _SQUEEZE, fixed_ends=False)
+    made = {"stem": round_channels(width, 32), "stages": stages, "head": round_channels(width, 1280)}
+    return Config(**{**made, **changes})
+
+
+def lite(number: int, **changes: Any) -> Config:
+    """EfficientNet-Lite0 to Lite4, with relu6 and without squeeze and excitation, timm's."""
+    width, depth = SCALES[:5][number]
+    stages = scaled_stages(_B0, width, depth, "relu6", None, fixed_ends=True)
+    return Config(**{"stem": 32, "stages": stages, "head": 1280, "activation": "relu6", **changes})
+
+
+b4 = functools.partial(b, 4)
 v2_s = functools.partial(Config, stem=24, stages=_V2_S, head=1280, norm=batch_norm.Config(eps=1e-3))
-
-
-def round_channels(channels: float) -> int:
-    """The nearest multiple of 8, at least 8 and never below 0.9 of `channels` (the papers' rule)."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 def _blocks(config: Config) -> Iterator[list[tuple[Stage, int, int, int]]]:
@@ -166,7 +208,7 @@ def _blocks(config: Config) -> Iterator[list[tuple[Stage, int, int, int]]]:
     for stage in config.stages:
         blocks = []
         for i, expansion in enumerate(stage.expansions):
-            hidden = channels if expansion == 1 else round_channels(channels * expansion)
+            hidden = channels if expansion == 1 else round_channels(expansion, channels)
             blocks.append((stage, channels, hidden, stage.stride if i == 0 else 1))
             channels = stage.channels
         yield blocks

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import delta_activation
 from deltajax.layers.param import init_params
 from deltajax.models import efficientnet, fan_out, resnet
@@ -47,9 +48,9 @@ class Config:
     network: resnet.Config | efficientnet.Config
     frame_size: tuple[int, int]
     delta: delta_activation.Config | None = None
-    rate: float = 0.0
-    penalty: Penalty = "temporal"
-    tile: int = 8
+    rate: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
+    penalty: Penalty = dataclasses.field(default="temporal", metadata=CHANGEABLE)
+    tile: int = dataclasses.field(default=8, metadata=CHANGEABLE)
     init_steps: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):

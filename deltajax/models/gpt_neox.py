@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import attention, linear
 from deltajax.layers.norm import layer_norm, layer_norm_specs
 from deltajax.layers.param import ParamSpec, count_params, init_params, stack_specs
@@ -54,9 +55,9 @@ class Config:
     norm_eps: float = 1e-5
     sink: Literal["kv", "one"] | None = None
     gated: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    scan_layers: bool = True
-    remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
+    scan_layers: bool = dataclasses.field(default=True, metadata=CHANGEABLE)
+    remat: bool = dataclasses.field(default=False, metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""

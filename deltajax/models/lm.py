@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_number, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import mixer as mixers_lib
 from deltajax.layers import mlp
 from deltajax.layers.norm import rms_norm, rms_norm_spec
@@ -72,9 +73,9 @@ class Config:
     mlp_dim: int | None = None
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
+    scan_layers: bool = dataclasses.field(default=True, metadata=CHANGEABLE)
+    remat: Literal["none", "full", "dots"] = dataclasses.field(default="none", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges; make the mapping hashable, for the config is a static argument of jitted functions."""

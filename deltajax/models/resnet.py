@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from deltajax.errors import check_integers, check_types
+from deltajax.fields import CHANGEABLE
 from deltajax.layers import batch_norm, classifier, conv_norm
 from deltajax.layers.param import count_params, init_params
 from deltajax.models.losses import cross_entropy_sums
@@ -43,9 +44,9 @@ class Config:
     in_channels: int = 3
     num_classes: int = 1000
     head_hidden: int | None = None
-    dropout: float = 0.0
+    dropout: float = dataclasses.field(default=0.0, metadata=CHANGEABLE)
     norm: batch_norm.Config = dataclasses.field(default_factory=batch_norm.Config)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = dataclasses.field(default="float32", metadata=CHANGEABLE)
 
     def __post_init__(self):
         """Check ranges."""

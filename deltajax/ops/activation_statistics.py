@@ -6,51 +6,83 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.ops import taps
 
+QUERIES = 16  # positions at which attention on first tokens is measured
 _BITS = 31  # of the magnitude of a float32
 
 
-def activation_statistics(x: Float[Array, "B ... D"], sequences: int | None = None) -> dict[str, Array]:
-    """Per sequence, over its positions and channels.
+def padding_mask(batch: Mapping[str, Array]) -> Bool[Array, "B T"] | None:
+    """Return which positions of a batch are tokens: `segment_ids` > 0; None if the batch has no such ids."""
+    return batch["segment_ids"] > 0 if "segment_ids" in batch else None
+
+
+def activation_statistics(
+    x: Float[Array, "B ... D"], sequences: int | None = None, mask: Bool[Array, "B ..."] | None = None
+) -> dict[str, Array]:
+    """Compute statistics of each sequence over its positions and channels.
 
     Args:
       x: a residual stream, or any activations with channels last; at least 3 values per sequence.
       sequences: how many of the batch to look at, from the first; None: all.
+      mask: which positions count, x's shape without channels; None: all. Padding must not count.
 
     Returns:
-      Arrays [B]. top1, top2, top3: the largest magnitudes; position, channel: where top1 stands (position counts all axes between
-      the first and the last as one); median: of the magnitudes; kurtosis: fourth moment over squared second (about the mean;
-      3 for a normal distribution).
+      Arrays [B]. top1, top2, top3: the largest magnitudes; position, channel: of top1 (position counts
+      all axes between the first and the last as one); median: of the magnitudes; kurtosis: fourth moment
+      over squared second (about the mean; 3 for a normal distribution). A sequence of which nothing
+      counts has NaN, and -1 for position and channel.
     """
     x = x[:sequences].astype(jnp.float32)
     flat = x.reshape(x.shape[0], -1)
     magnitude = jnp.abs(flat)
+    counted: Any = None
+    if mask is not None:
+        if mask.shape != (*mask.shape[:1], *x.shape[1:-1]):
+            raise ValueError(
+                f"mask must have the shape of activations without channels, {x.shape[:-1]}, got {mask.shape}"
+            )
+        counted = jnp.broadcast_to(mask[:sequences, ..., None], x.shape).reshape(flat.shape)
+    ranked = magnitude if counted is None else jnp.where(counted, magnitude, -1)
     # Without the barrier XLA merges the slices below with top_k's own and sorts everything: 70 times the time on a CPU.
-    top, where = jax.lax.optimization_barrier(jax.lax.top_k(magnitude, 3))
-    centred = flat - jnp.mean(flat, -1, keepdims=True)
-    second, fourth = (jnp.mean(centred**n, -1) for n in (2, 4))
-    return {
+    top, where = jax.lax.optimization_barrier(jax.lax.top_k(ranked, 3))
+    size: Any = None if counted is None else jnp.sum(counted, -1)
+
+    def mean(y: Array) -> Array:
+        return jnp.mean(y, -1) if counted is None else jnp.sum(jnp.where(counted, y, 0), -1) / jnp.maximum(size, 1)
+
+    centred = flat - mean(flat)[:, None]
+    second, fourth = (mean(centred**n) for n in (2, 4))
+    result = {
         "top1": top[:, 0],
         "top2": top[:, 1],
         "top3": top[:, 2],
         "position": where[:, 0] // x.shape[-1],
         "channel": where[:, 0] % x.shape[-1],
-        "median": median(magnitude),
+        "median": median(magnitude) if counted is None else median(jnp.where(counted, magnitude, jnp.inf), size),
         "kurtosis": fourth / jnp.maximum(second**2, jnp.finfo(jnp.float32).tiny),
     }
+    if counted is None:
+        return result
+    blank = {name: -1 if name in ("position", "channel") else jnp.nan for name in result}
+    return {name: jnp.where(size > 0, y, blank[name]) for name, y in result.items()}
 
 
-def with_statistics(f: Callable, sequences: int | None = None) -> Callable[..., tuple[Any, dict[str, Array]]]:
-    """`f`, returning (its result, statistics of what it tags "residual": `activation_statistics`, [blocks, B] each).
+def with_statistics(
+    f: Callable, sequences: int | None = None, mask: Callable[..., Array | None] | None = None
+) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """Return a function of (f's result, statistics of what f tags "residual": [blocks, B] each).
 
-    Where it tags "first_token_share" [B] too, as our attention does, that stands beside them; NaN for blocks without attention.
+    The statistics are those of `activation_statistics`. Where f tags "first_token_share" too ([B], or
+    [B, Q] of Q queries spaced evenly, as our attention does), its mean is beside them; NaN for blocks
+    without attention.
 
     Args:
       f: see `taps.capture`; any function of arrays, a Flax module's among them, whose blocks tag their outputs.
       sequences: as in `activation_statistics`.
+      mask: f's arguments -> which positions count [B, T], such as `padding_mask`; None: all do.
 
     Raises (when the result is called):
       ValueError: nothing is tagged "residual".
@@ -61,12 +93,13 @@ def with_statistics(f: Callable, sequences: int | None = None) -> Callable[..., 
         if "residual" not in tags:
             raise ValueError('nothing to probe: the model tags no block\'s output "residual" (see deltajax.ops.taps)')
         attentive = [tags[:i].count("residual") for i, tag in enumerate(tags) if tag == "first_token_share"]
+        counted = None if mask is None else mask(*args)
         # Nobody differentiates statistics: without this their tangents are traced into a training step.
         probes: dict[str, taps.Probe] = {
-            "residual": lambda x: activation_statistics(jax.lax.stop_gradient(x), sequences)
+            "residual": lambda x: activation_statistics(jax.lax.stop_gradient(x), sequences, counted)
         }
         if attentive:
-            probes["first_token_share"] = lambda share: jax.lax.stop_gradient(share)[:sequences]
+            probes["first_token_share"] = lambda share: _mean_share(jax.lax.stop_gradient(share), counted)[:sequences]
         result, seen = taps.capture(f, probes)(*args)
         statistics = dict(seen["residual"])
         if attentive:
@@ -78,14 +111,25 @@ def with_statistics(f: Callable, sequences: int | None = None) -> Callable[..., 
     return call
 
 
-def median(x: Float[Array, "... N"]) -> Float[Array, "..."]:
-    """Exact median over the last axis of float32 values >= 0; of an even number of them the lower of the middle two.
+def _mean_share(share: Array, counted: Array | None) -> Float[Array, "B"]:
+    if share.ndim == 1:
+        return share
+    if counted is None:
+        return jnp.mean(share, 1)
+    queries = counted[:, _sampled(counted.shape[1], QUERIES)]
+    return jnp.sum(jnp.where(queries, share, 0), 1) / jnp.sum(queries, 1)  # NaN where no query counts
+
+
+def median(x: Float[Array, "... N"], count: Int[Array, "..."] | None = None) -> Float[Array, "..."]:
+    """Return the exact median over the last axis of float32 values >= 0; of an even number the lower of the middle two.
+
+    count: of how many values, the lowest ones; None: of all.
 
     Non-negative floats are ordered as their bits are, so the bits are found one by one, each by counting what lies below: 31
     passes of vector instructions instead of a sort.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    rank = (x.shape[-1] - 1) // 2
+    rank = (x.shape[-1] - 1) // 2 if count is None else (count - 1) // 2
 
     def next_bit(i, found):
         tried = found | (jnp.int32(1) << (_BITS - 1 - i))
@@ -102,20 +146,19 @@ def first_token_share(
     visible: Bool[Array, "B T S"],
     first: Bool[Array, "B S"],
     sink: Float[Array, "G K"] | None = None,
-    queries: int = 16,
-) -> Float[Array, "B"]:
-    """Attention that goes to the first tokens of documents, mean over heads and over `queries` positions spread evenly.
+    queries: int = QUERIES,
+) -> Float[Array, "B Q"]:
+    """Return how much attention goes to the first tokens of documents, mean over heads, of positions spaced evenly.
 
     Args:
       q, k: queries and keys as they enter the softmax, scale K^-1/2; H is a multiple of G.
       visible: which keys a query sees; broadcastable over B.
       first: which keys are first tokens.
       sink: a key that every query sees besides (its share is not counted).
-      queries: sampled positions; their number bounds the cost.
+      queries: about how many positions are sampled; their number bounds the cost.
     """
-    every = max(1, q.shape[1] // queries)
-    start = every // 2
-    q, visible = q[:, start::every], visible[:, start::every]
+    sampled = _sampled(q.shape[1], queries)
+    q, visible = q[:, sampled], visible[:, sampled]
     batch, count, heads, dim = q.shape
     q = q.reshape(batch, count, k.shape[2], heads // k.shape[2], dim).astype(jnp.float32)
     scores = jnp.einsum("btgnk,bsgk->bgnts", q, k.astype(jnp.float32)) * dim**-0.5
@@ -125,19 +168,35 @@ def first_token_share(
         scores = jnp.concatenate([scores, extra[..., None]], -1)
         first = jnp.concatenate([first, jnp.zeros_like(first[:, :1])], -1)
     share = jnp.sum(jax.nn.softmax(scores, -1) * first[:, None, None, None], -1)
-    return jnp.mean(share, (1, 2, 3))
+    return jnp.mean(share, (1, 2))
+
+
+def _sampled(length: int, queries: int) -> slice:
+    every = max(1, length // queries)
+    return slice(every // 2, None, every)
 
 
 def summarise(statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Over sequences, the last axis: means of what `activation_statistics` returns, and `ratio`.
+    """Average statistics over sequences, the last axis, and add `ratio`.
 
-    ratio = mean of top1 / mean of median (arXiv 2508.03616); position and channel are those of the largest top1.
+    A sequence of which nothing counts is left out. position and channel are those of the largest top1.
+    ratio = mean of top1 / mean of median (arXiv 2508.03616).
     """
     host = {name: np.asarray(x) for name, x in statistics.items()}
-    largest = host["top1"].argmax(-1)[..., None]
+    largest = np.where(np.isnan(host["top1"]), -np.inf, host["top1"]).argmax(-1)[..., None]
     result = {}
     for name, x in host.items():
         whole = name in ("position", "channel")
-        result[name] = np.take_along_axis(x, largest, -1)[..., 0] if whole else x.mean(-1, dtype=np.float64)
+        result[name] = np.take_along_axis(x, largest, -1)[..., 0] if whole else _mean(x)
     result["ratio"] = result["top1"] / np.maximum(result["median"], np.finfo(np.float32).tiny)
     return result
+
+
+def _mean(x: np.ndarray) -> np.ndarray:
+    """Average over the last axis, leaving out NaN; NaN where there is nothing else."""
+    valid = ~np.isnan(x)
+    if valid.all():
+        return x.mean(-1, dtype=np.float64)
+    count = valid.sum(-1)
+    total = np.where(valid, x, 0).sum(-1, dtype=np.float64)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

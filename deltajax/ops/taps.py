@@ -125,6 +125,11 @@ def _run(
             if eqn.primitive.name == "name" and eqn.params["name"] in visits:
                 name = eqn.params["name"]
                 value, result = visits[name](inputs[0], places[name])
+                if jnp.shape(value) != inputs[0].shape:
+                    raise ValueError(
+                        f"what replaces a value tagged {name!r} must have its shape {inputs[0].shape}, "
+                        f"got {jnp.shape(value)}"
+                    )
                 outputs, seen = [jnp.asarray(value, inputs[0].dtype)], {name: jax.tree.map(lambda x: x[None], result)}
                 places[name] += 1
             elif not inside.keys() & visits.keys():
@@ -139,8 +144,19 @@ def _run(
         values.update(zip(eqn.outvars, outputs, strict=True))
         for name, result in seen.items():
             found.setdefault(name, []).append(result)
-    stacked = {name: jax.tree.map(lambda *x: jnp.concatenate(x), *results) for name, results in found.items()}
-    return [read(atom) for atom in jaxpr.outvars], stacked
+    return [read(atom) for atom in jaxpr.outvars], {name: _stacked(name, results) for name, results in found.items()}
+
+
+def _stacked(name: str, results: list) -> Any:
+    """Concatenate the results of visits along their first axis, the places."""
+    shapes = [[leaf.shape[1:] for leaf in jax.tree.leaves(result)] for result in results]
+    other = next((shape for shape in shapes if shape != shapes[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"probes of {name!r} gave results of different shapes, {shapes[0]} and {other}: the values with this tag "
+            "differ in width; tag them by different names"
+        )
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *results)
 
 
 def _run_nested(eqn: Any, inputs: list, visits: Mapping[str, _Visit], places: Mapping[str, Any]) -> tuple:

@@ -11,7 +11,6 @@ Time is counted in ticks of the watch, not by the clock: a process that was star
 would otherwise find everybody late.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import os
@@ -37,7 +36,7 @@ TICK_SECONDS = 1.0  # between signs of life
 SILENT_TICKS = 10  # without a sign of life, after which a process is gone
 LOST_TICKS = 2  # until the first process names who is gone: others that the same cause ended, too
 FAILED_TICKS = 5  # that a process whose run failed waits for the others to say the same
-LEAVING_SECONDS = 3.0  # that the first process waits, at most, for the others to have read who is gone
+LEAVING_SECONDS = 2.0  # that the first process waits, at most, for the others to have read who is gone
 VERDICT_SECONDS = 7.0  # that a process whose collective failed waits to learn who is gone
 
 
@@ -216,18 +215,13 @@ class Attendance:
         self._lost_ticks = self._failed_ticks = 0
         self._gone: list[int] | None = None  # once it is decided
         self._decided = threading.Event()
-        self._has_left = False
+        self.has_left = False
         self._speaker = threading.Lock()  # held by the thread that has the last word
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
         self._thread.start()
-        atexit.register(self._leave_at_exit)  # before JAX's own, which waits for the others
-
-    def _leave_at_exit(self) -> None:
-        if not self._has_left:
-            self.leave(int(hasattr(sys, "last_exc")))
 
     def last_word(self, error: Exception) -> str:
         """What to say of an error of JAX: who is gone, or if nobody is, the error itself; and what is kept.
@@ -253,7 +247,7 @@ class Attendance:
         except KeyboardInterrupt:
             if not code:
                 raise
-        self._has_left = True
+        self.has_left = True
         if code:
             end(code)
 
@@ -278,7 +272,9 @@ class Attendance:
             self._decided.set()
             speaks = bool(self._gone) and self._speaker.acquire(blocking=False)
             if speaks:
-                print(f"error: {self._describe(None)}", file=sys.stderr, flush=True)
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # nobody reads it
+                    sys.stderr.write(f"error: {self._describe(None)}\n")
+                    sys.stderr.flush()
             # Closed before the others have read it, a connection may lose what was sent.
             deadline = time.monotonic() + LEAVING_SECONDS
             while self.index == 0 and selector.get_map() and time.monotonic() < deadline:
@@ -367,6 +363,12 @@ def leave(code: int) -> None:
         current.leave(code)
 
 
+def leave_at_exit() -> None:
+    """Leave when Python ends, if that has not been done."""
+    if current is not None and not current.has_left:
+        current.leave(int(hasattr(sys, "last_exc")))  # of an exception that nobody caught
+
+
 def is_of_runtime(error: BaseException | None) -> bool:
     """Whether JAX's runtime failed, such as a collective; some ways of reading an array make a ValueError of that.
 
@@ -386,5 +388,6 @@ def _are_gone(gone: list[int], count: int) -> str:
 
 def end(code: int) -> None:
     """End this process at once, whatever its other threads do."""
-    sys.stdout.flush()
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stdout.flush()
     os._exit(code)

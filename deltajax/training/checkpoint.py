@@ -15,15 +15,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from deltajax.errors import RunError
-from deltajax.training import checksums, distributed, serialize
+from deltajax.training import checksums, distributed, position, serialize
 from deltajax.training.checkpoint_reader import CheckpointReader, damaged, lowest, one_line, progress_sum
 from deltajax.training.config import TrainConfig
 from deltajax.training.step import TrainState
 
-# Keys whose change makes a checkpoint's arrays unusable or gives them another meaning.
-ARCHITECTURE = ("model.", "optimizer.name", "optimizer.trainable", "data.tokenizer")
-# Fields of models and layers that say how to compute, not what: they may change from start to start.
-EXECUTION = ("remat", "scan_layers", "implementation")
 MARKER = ".checkpointed"  # in the workdir once a checkpoint is complete
 REST = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "params")
 
@@ -32,19 +28,27 @@ def _loss(metrics: Any) -> float | None:
     return metrics.get("loss") if metrics else None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _LatestAndBest:
     """Orbax's preservation policy: keep the latest checkpoints, and the one with the lowest loss.
 
-    A loss that is not finite is no measurement. Of equal losses the earliest counts.
+    A loss that is not finite is no measurement. Of equal losses the earliest counts. Checkpoints since the last applied
+    update hold the same parameters, and perhaps no update can follow them: they count as one checkpoint, the latest.
+
+    Attributes:
+      latest: how many checkpoints to keep.
+      updated: step of the last update that was applied. Skipped ones may have followed.
     """
 
     latest: int
+    updated: float = math.inf
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Return for each checkpoint, in order of steps, whether it is kept."""
         losses = {info.step: _loss(info.metrics) for info in checkpoints}
-        kept = {info.step for info in checkpoints[-self.latest :]} | {lowest(losses)}
+        newest = checkpoints[-1].step
+        distinct = [step for step in losses if step < min(self.updated, newest)] + [newest]
+        kept = {*distinct[-self.latest :], lowest(losses)}
         return [info.step in kept for info in checkpoints]
 
 
@@ -74,7 +78,7 @@ class Checkpoints(CheckpointReader):
           RunError: `read_only` and there is no checkpoint.
         """
         super().__init__(workdir)
-        self._keep, self._read_only, self._abandoned = keep, read_only, False
+        self._policy, self._read_only, self._abandoned = _LatestAndBest(max(keep, 2)), read_only, False
         if read_only and not self.steps():
             raise RunError(f"no checkpoint in {self.directory}")
 
@@ -86,7 +90,7 @@ class Checkpoints(CheckpointReader):
         return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_LatestAndBest(max(self._keep, 2)),
+                preservation_policy=self._policy,
                 best_fn=lambda metrics: metrics["loss"],
                 best_mode="min",
                 cleanup_tmp_directories=True,
@@ -108,13 +112,20 @@ class Checkpoints(CheckpointReader):
             )
 
     def save(
-        self, step: int, state: TrainState, config: TrainConfig, progress: dict[str, Any], loss: float | None
+        self,
+        step: int,
+        state: TrainState,
+        config: TrainConfig,
+        progress: dict[str, Any],
+        loss: float | None,
+        skipped: int = 0,
     ) -> None:
         """Start to save; returns once the arrays are copied. The save before this one has finished by then.
 
         Args:
           progress: what else is needed to go on, JSON; comes back from `restore`, with the config in it.
           loss: validation loss at this very step, if it was measured.
+          skipped: how many updates have been skipped since the last one that was applied.
 
         Raises:
           RunError: this save or the one before it failed.
@@ -130,6 +141,7 @@ class Checkpoints(CheckpointReader):
         measured = loss if loss is not None and math.isfinite(loss) else None
         progress["loss"] = measured
         progress["sum"] = progress_sum(progress)
+        self._policy.updated = step - skipped
         with self._failures(what):
             self._manager.save(
                 step,
@@ -252,21 +264,19 @@ class Checkpoints(CheckpointReader):
         return found
 
     def _check_same(self, step: int, stored: TrainConfig, config: TrainConfig) -> None:
-        changed = [
-            difference
-            for difference in serialize.differences(stored, config)
-            if difference.startswith(ARCHITECTURE) and difference.split(":")[0].rsplit(".", 1)[-1] not in EXECUTION
-        ]
+        changed = position.fixed_differences(stored, config)
         if changed:
             raise serialize.Mismatch(
-                f"the config disagrees with the checkpoint of step {step} in {self.directory}: {'; '.join(changed)}"
+                f"the config disagrees with the checkpoint of step {step} in {self.directory}: {'; '.join(changed)}; "
+                f"to train on from its parameters give --config.init_from={self.directory.parent} and another --workdir"
             )
 
-    def discard(self, step: int) -> None:
-        """Set the checkpoint of a step aside if there is one, so that a resumed run begins before it."""
+    def discard(self, first: int) -> None:
+        """Set the checkpoints of this step and later ones aside, so that a resumed run begins before it."""
         self.wait()
-        if step in self.steps():
-            self._set_aside(step)
+        for step in distributed.on_first(self.steps):
+            if step >= first:
+                self._set_aside(step)
 
     def _set_aside(self, step: int) -> None:
         def move() -> None:

@@ -54,11 +54,20 @@ class CheckpointReader:
         best = lowest({step: self._measured(step) for step in steps})
         return steps[-1] if best is None else best
 
+    def best_loss(self) -> float:
+        """Return the lowest finite validation loss of any checkpoint, infinity if there is none.
+
+        Raises:
+          RunError: a loss cannot be read.
+        """
+        return min((loss for loss in map(self._measured, self.steps()) if loss is not None), default=math.inf)
+
     def _measured(self, step: int) -> float | None:
         """Return the validation loss of a checkpoint, None if it has none that is finite."""
         path = self.directory / str(step) / "metrics" / "metrics"
         with self.reading(step):
             loss = float(json.loads(path.read_text())["loss"]) if path.exists() else None
+            loss = loss if loss is not None and math.isfinite(loss) else None  # older versions wrote such losses
             stored = self._stored(step).get("loss", loss)  # older checkpoints have it in one place only
             if loss != stored:
                 raise ValueError(f"the validation loss is {loss} in metrics and {stored} in progress")

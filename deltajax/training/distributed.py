@@ -4,6 +4,7 @@ JAX's distributed runtime connects them. It aborts the process, traceback and al
 so before it starts, every process answers a roll call at the coordinator's address (`attendance`).
 """
 
+import atexit
 import functools
 import itertools
 import json
@@ -80,6 +81,7 @@ def start(
         address = relay.start(host, int(port))
     attendance.current = present
     present.start()
+    atexit.register(attendance.leave_at_exit)  # before JAX's own function, which waits for the others
     jax.distributed.initialize(address, count, index, initialization_timeout=timeout)
     return True
 

@@ -36,7 +36,7 @@ from deltajax.training import mesh as mesh_lib
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
 from deltajax.training.lock import lock
-from deltajax.training.position import check_position, data_position, selection_of
+from deltajax.training.position import data_position, selection_of
 from deltajax.training.step import Step, TrainState
 
 
@@ -138,11 +138,11 @@ class Run:
         self.step = self.examples = 0
         if restored:
             self.step, self.state, progress = restored
-            self._check_same_data(progress)
             check_policy(dataset.selection, progress["iterator"])
             self.examples, position = data_position(progress, self.step)
-            self.iterator.set_state(position)
-            self.best_loss = progress["best_loss"]
+            if self._is_same_corpus(progress):
+                self.iterator.set_state(position)
+            self.best_loss = distributed.on_first(checkpoints.best_loss)
             changed = serialize.differences(progress["config"], config)
             print(f"continuing after step {self.step}" + (f" with changed {'; '.join(changed)}" if changed else ""))
         else:
@@ -196,11 +196,10 @@ class Run:
                 if evaluate or save or asked:
                     streak = self._report(self.step, *unread)
                     unread = None
-                    before, loss = self.best_loss, self._evaluate() if evaluate else None
+                    loss = self._evaluate() if evaluate else None
                     stopping = asked is not None and not last
-                    # Parameters that no update follows are suspect. But the run's last ones are its result.
-                    if (save or stopping or self.best_loss < before) and (not streak or last):
-                        self._save(loss)
+                    if save or stopping or (loss is not None and -math.inf < loss < self.best_loss):
+                        self._save(loss, int(streak))
                     if not stopping:
                         continue
                     # 4. Leave when asked to.
@@ -269,7 +268,8 @@ class Run:
         limits = self.config.nonfinite
         if row["streak"] > limits.max_consecutive or row["skipped"] > limits.max_total:
             # The last finite update made the parameters from which none followed: its checkpoint is not good.
-            self.checkpoints.discard(step - int(row["streak"]))
+            if row["streak"] < step:
+                self.checkpoints.discard(step - int(row["streak"]))
             spike = "" if limits.max_grad_norm is None else f" or a norm above {limits.max_grad_norm:g}"
             raise RunError(
                 f"non-finite loss or gradient{spike} at step {step}: {row['streak']:.0f} updates in a row and "
@@ -290,7 +290,7 @@ class Run:
         return row["streak"]
 
     def _evaluate(self) -> float:
-        """Mean validation loss; written with the other scores, shown and compared with the best."""
+        """Mean validation loss; written with the other scores and shown."""
         started = time.perf_counter()
         batches = self.dataset.validation_batches(self.config.evaluation.batches, *self.compiled.reading_group)
         state = self.state
@@ -298,8 +298,6 @@ class Run:
         total = {k: np.sum([x[k] for x in jax.device_get(sums)], dtype=np.float64) for k in sums[0]}
         row = {f"validation_{k}": float(x / total["weight"]) for k, x in total.items() if k != "weight"}
         loss = row["validation_loss"]
-        if math.isfinite(loss):
-            self.best_loss = min(self.best_loss, loss)
         if self.bits_per_nat is not None:
             row["bits_per_byte"] = loss * self.bits_per_nat
         self.writer.write(self.step, **row)
@@ -333,19 +331,33 @@ class Run:
         sums = [jax.device_get(evaluate(state.params, state.stats, self.compiled.put(batch))) for batch in batches]
         return {k: np.sum([np.atleast_1d(x[k]) for x in sums], axis=0, dtype=np.float64) for k in sums[0]}
 
-    def _check_same_data(self, progress: dict[str, Any]) -> None:
-        check_position(progress["config"].data, self.config.data)
+    def _is_same_corpus(self, progress: dict[str, Any]) -> bool:
+        """Whether the checkpoint's position is one in these data; if not, the user is warned."""
         now = self._identities()
         if progress["tokenizer"] != now["tokenizer"]:
             raise ValueError("data.tokenizer is not the one of the checkpoint")
-        if progress["corpus"] != now["corpus"]:
-            print("warning: the corpus is not the one of the checkpoint; its losses do not compare", file=sys.stderr)
+        if progress["corpus"] == now["corpus"] or not now["corpus"]:
+            return True
+        if isinstance(self.iterator, SelectedBatches):
+            raise ValueError(
+                "data.selection: the checkpoint's losses are of other data; begin a run in another --workdir"
+            )
+        if distributed.is_first():
+            print(
+                "warning: the corpus is not the one of the checkpoint: it is read from its first example on, "
+                "and losses do not compare",
+                file=sys.stderr,
+            )
+        return False
 
-    def _save(self, loss: float | None) -> None:
-        progress = {"iterator": self.iterator.get_state(), "best_loss": self.best_loss, **self._identities()}
-        progress["examples"] = self.examples
+    def _save(self, loss: float | None, skipped: int) -> None:
+        """Save; `skipped` updates have been skipped since the last one that was applied."""
+        position = {"iterator": self.iterator.get_state(), "examples": self.examples}
+        progress: dict[str, Any] = {**position, **self._identities()}
         progress["seconds"] = self.seconds + time.perf_counter() - self._clock
-        self.checkpoints.save(self.step, self.state, self.config, progress, loss)
+        self.checkpoints.save(self.step, self.state, self.config, progress, loss, skipped)
+        if loss is not None and math.isfinite(loss):
+            self.best_loss = min(self.best_loss, loss)
 
     def _identities(self) -> dict[str, str]:
         tokenizer = self.dataset.tokenizer

@@ -100,7 +100,7 @@ def begin_from(path: Path, state: TrainState, model: Any) -> TrainState:
     """`state` with parameters and statistics from elsewhere where paths and shapes agree: see `TrainConfig.init_from`."""
     if path.suffix == ".safetensors":
         within = "network" if isinstance(model, frames.Config) else ""
-        found = vision.load(path, model.network if within else model, new_head=jax.random.key(0))
+        found = vision.load(path, model.network if within else model, new_head=jax.random.key(0), say=print)
         old_params, old_stats = ({within: tree} if within else tree for tree in found)
         (old_params[within] if within else old_params).pop("head")
         origin = str(path)

@@ -38,18 +38,26 @@ def _accept(server: socket.socket, service: tuple[str, int]) -> None:
         far.settimeout(None)
         for connection in (near, far):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _in_background(_send_on, near, far, True)
-        _in_background(_send_on, far, near, False)
+        _in_background(_send_to_service, near, far)
+        _in_background(_send_on, far, near)
 
 
-def _send_on(source: socket.socket, target: socket.socket, close: bool) -> None:
-    """Send on what comes until either end is gone; then perhaps tell the target."""
+def _send_to_service(near: socket.socket, far: socket.socket) -> None:
+    """Send on what comes until the client closes its connection, which the service learns."""
+    with near, far:
+        _send_on(near, far)
+        with contextlib.suppress(OSError):
+            while near.recv(2**16):  # the service is gone
+                pass
+        with contextlib.suppress(OSError):
+            far.shutdown(socket.SHUT_RDWR)
+
+
+def _send_on(source: socket.socket, target: socket.socket) -> None:
+    """Send on what comes until either end is gone."""
     with contextlib.suppress(OSError):
         while data := source.recv(2**16):
             target.sendall(data)
-    if close:
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
 
 
 def _in_background(f: Any, *arguments: Any) -> None:

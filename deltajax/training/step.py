@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from deltajax.models import registry
-from deltajax.ops.activation_statistics import with_statistics
+from deltajax.ops.activation_statistics import padding_mask, with_statistics
 from deltajax.training import mesh as mesh_lib
 from deltajax.training.distributed import compiled_together
 
@@ -101,7 +101,8 @@ def gradients(
         if not probed_sequences:
             sums, stats = sums_of(params, stats, batch)
             return sums["loss"], (sums, stats, {})
-        (sums, stats), seen = with_statistics(sums_of, probed_sequences)(params, stats, batch)
+        probed = with_statistics(sums_of, probed_sequences, lambda params, stats, batch: padding_mask(batch))
+        (sums, stats), seen = probed(params, stats, batch)
         return sums["loss"], (sums, stats, seen)
 
     def differentiate(params, stats, batch, key):

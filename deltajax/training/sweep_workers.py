@@ -77,6 +77,8 @@ class Worker:
     async def close(self) -> None:
         """Let the run in progress save, and end the process."""
         if self._process is not None and self._process.returncode is None:
+            assert self._process.stdin
+            self._process.stdin.close()  # no run follows
             self._process.send_signal(signal.SIGTERM)
             await self._process.wait()
         self._process = None

@@ -86,6 +86,26 @@ def test_bad_archives(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "member", "change", "message"),
+    [
+        ("cifar10", "data_batch_3.bin", lambda x: b"", "holds 0 bytes in cifar-10-batches-bin/data_batch_3.bin, which are not"),
+        ("cifar10", "data_batch_2.bin", lambda x: b"\x0a" + x[1:], "for each image: image 3 of .* has 10 (stored as 10)"),
+        ("cifar100", "test.bin", lambda x: x[:3074] + b"\x63\x64" + x[3076:], "for each image: image 1 of .* has 100"),
+        ("stl10", "train_y.bin", lambda x: b"\x00" + x[1:], "for each image: image 0 of .* has -1 (stored as 0)"),
+        ("stl10", "train_y.bin", lambda x: x[1:], ": 11 labels and 12 images in stl10_binary/train_X.bin and .*train_y.bin"),
+        ("stl10", "test_y.bin", lambda x: b"", ": 0 labels and 4 images"),
+        ("stl10", "test_X.bin", lambda x: x[:-27648], ": 4 labels and 3 images"),
+    ],
+)  # fmt: skip
+def test_members_that_do_not_fit(name, member, change, message, tmp_path):
+    """A file of five that is cut, which the whole does not show; a label of no class; images without labels."""
+    make_archive(tmp_path, name, change=lambda m: {k: change(x) if k.endswith(member) else x for k, x in m.items()})
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")) as error:
+        data.load(vision.Config(name=name, folder=str(tmp_path), verify=False))
+    assert "\n" not in str(error.value) and vision.ARCHIVES[name].name in str(error.value)
+
+
 def test_official_checksum_is_compared_with_the_files(tmp_path, monkeypatch):
     make_archive(tmp_path, "cifar100")
     archive = vision.ARCHIVES["cifar100"]

@@ -184,11 +184,34 @@ def test_losses_are_read_only_when_a_round_ends():
         (HardBatches(), 7, "batch_size must be at most the 7 examples of the training set, got 8"),
         (HardBatches(delta=0.1), 45, "delta must be at least 1 / 5"),
         (InfoBatch(), 7, "batch_size must be at most the 7 examples"),
+        (
+            InfoBatch(),
+            45,
+            "updates must be those of the whole run, of which InfoBatch leaves the last 0.125 whole, got 0",
+        ),
     ],
 )
 def test_data_that_do_not_fit(policy, size, message):
     with pytest.raises(ValueError, match=message):
         dataset(policy, size).train_iterator()
+
+
+def test_info_batch_prunes_without_a_number_of_updates():
+    """With no last part of whole epochs it needs none."""
+    process = Process(dataset(InfoBatch(full=0.0)), updates=0)
+    factors = [next(process)[1] for _ in range(20)]
+    assert {1.0} == set(np.ravel(factors[:5])) and 2.0 in np.ravel(factors[5:])
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"), [(HardBatches(delta=0.4), True), (RandomBatches(), True), (InOrder(), False)]
+)
+def test_a_run_within_the_first_pass_says_so(policy, said, capfd):
+    """Nothing is chosen before all batches had their turn. Only the first process says it."""
+    for index, updates in ((0, 5), (1, 5), (0, 6), (0, 0)):
+        dataset(policy).train_iterator(index, 2, updates=updates)
+    out = capfd.readouterr().out
+    assert out.count("chooses nothing in this run: its 5 updates are of the first pass") == out.count("\n") == said
 
 
 def test_nan_ends_the_run_in_one_line():

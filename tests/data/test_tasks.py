@@ -282,3 +282,11 @@ def test_bad_configs(make, part):
 
 def test_source_without_end_is_shuffled_by_grain():
     assert len(data.load(CONFIGS["S5"]).train) == generated.ENDLESS
+
+
+def test_noise_that_leaves_nothing_to_ask():
+    """A key must come twice, which needs four tokens."""
+    with pytest.raises(ValueError, match=r"noise must leave 4 of the 16 tokens or more, .*, got 0.9"):
+        mad.Config(task="noisy_recall", seq_len=16, noise=0.9)
+    mad.Config(task="noisy_recall", seq_len=16, noise=0.75)
+    mad.Config(task="recall", seq_len=16, noise=0.9)

@@ -1,6 +1,9 @@
 """UCF101's reader on a folder of made videos in its official form, and the recipe on it from end to end."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import av
 import jax
@@ -130,6 +133,85 @@ def test_bad_folders(folders, tmp_path):
     (tmp_path / "classInd.txt").write_text("1 Archery\nBiking\n")
     with pytest.raises(ValueError, match=r"classInd.txt, line 2 is not of the official form: 'Biking'"):
         data.load(config((videos, str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("classInd.txt", "0 Archery\n1 Biking\n", "line 1 gives Archery the number 0; the 2 classes must have 1 to 2"),
+        ("classInd.txt", "1 Archery\n\n3 Biking\n", "line 3 gives Biking the number 3; the 2 classes must have 1 to 2"),
+        ("classInd.txt", "1 Archery\n1 Biking\n", "line 2: class Biking or number 1 is on an earlier line, too"),
+        ("classInd.txt", "1 Archery\n2 Archery\n", "line 2: class Archery or number 2 is on an earlier line, too"),
+        ("classInd.txt", "1 Archery\n2 Biking fast\n", "line 2 is not of the official form: '2 Biking fast'"),
+        ("classInd.txt", "1 Archery\n\u00b2 Biking\n", "line 2 is not of the official form: '\u00b2 Biking'"),
+        ("classInd.txt", "1 Archery\n-2 Biking\n", "line 2 is not of the official form: '-2 Biking'"),
+        ("classInd.txt", b"1 Archery\n2 B\xffking\n", "line 2 is not UTF-8 text"),
+        ("classInd.txt", " \n", "is empty"),
+        ("trainlist01.txt", "", "is empty"),
+        ("trainlist01.txt", "Archery/a.avi 2\n", "line 1 gives Archery/a.avi the number 2, but Archery has 1 in classInd.txt"),
+        ("trainlist01.txt", "Archery/a.avi 0\n", "line 1 gives Archery/a.avi the number 0, but Archery has 1"),
+        ("trainlist01.txt", "Archery/a.avi 1 7\n", "line 1 is not of the official form: 'Archery/a.avi 1 7'"),
+        ("trainlist01.txt", "Archery/a.avi one\n", "line 1 is not of the official form: 'Archery/a.avi one'"),
+        ("trainlist01.txt", "1 Archery/a.avi\n", "line 1 is not of the official form: '1 Archery/a.avi'"),
+        ("trainlist01.txt", "a.avi 1\n", "line 1 is not of the official form: 'a.avi 1'"),
+        ("trainlist01.txt", "Archery/../a.avi 1\n", "line 1 is not of the official form"),
+        ("trainlist01.txt", "Archery/a.avi 1\r\n\r\nArchery/a.avi 1\r\n", "line 3: Archery/a.avi is on line 1, too"),
+        ("testlist01.txt", "Diving/a.avi\n", "line 1 has a video of 'Diving', which is no class of classInd.txt"),
+        ("testlist01.txt", "Biking/a.avi 1\n", "line 1 gives Biking/a.avi the number 1, but Biking has 2"),
+    ],
+)  # fmt: skip
+def test_malformed_split_files(file, text, message, folders, tmp_path):
+    """One line with file and line, instead of labels of other classes."""
+    for original in Path(folders[1]).iterdir():
+        shutil.copy(original, tmp_path)
+    (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        data.load(config((folders[0], str(tmp_path))))
+    assert f"{tmp_path / file}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_harmless_forms_of_split_files(folders, tmp_path, capfd):
+    """A byte-order mark, blank lines, any order of the classes, a number in the test list; a video in both lists is reported."""
+    (tmp_path / "classInd.txt").write_text("\ufeff2 Biking\r\n\r\n1 Archery\n", newline="")
+    (tmp_path / "trainlist01.txt").write_text("\nArchery/v_Archery_g01_c01.avi\r\n", newline="")
+    (tmp_path / "testlist01.txt").write_text("Biking/v_Biking_g01_c01.avi 2\nArchery/v_Archery_g01_c01.avi")
+    dataset = data.load(config((folders[0], str(tmp_path))))
+    assert [int(example["targets"]) for example in map(dataset.validation.__getitem__, range(2))] == [1, 0]
+    assert dataset.train.videos == [("Archery/v_Archery_g01_c01.avi", 0)]
+    err = capfd.readouterr().err
+    assert (
+        err
+        == "warning: 1 videos are in the training and in the test list, the first is Archery/v_Archery_g01_c01.avi\n"
+    )
+
+
+def test_a_video_with_one_corrupt_packet(folders, tmp_path, capfd):
+    """Its first frames are read, it counts, and it is reported once."""
+    videos = shutil.copytree(folders[0], tmp_path / "videos")
+    damaged = videos / "Archery/v_Archery_g01_c01.avi"
+    with av.open(str(damaged)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][11]
+    with open(damaged, "r+b") as file:
+        file.seek(packet.pos)
+        file.write(b"\xff" * packet.size)
+    dataset = data.load(config((str(videos), folders[1])))
+    capfd.readouterr()
+    for _ in range(2):
+        example = dataset.validation[0]
+        assert example["weights"] == 1 and example["targets"] == 0
+    assert capfd.readouterr().err == (
+        f"warning: {damaged}: only 11 frames can be decoded, then: Invalid data found when processing input; "
+        "clips are taken from these\n"
+    )
+    longer = data.load(config((str(videos), folders[1]), frames=5))
+    capfd.readouterr()
+    assert longer.validation[0]["weights"] == 0
+    assert capfd.readouterr().err.endswith("; a clip needs 13; it is skipped\n")
+    for length in (4, 5):
+        strict = config((str(videos), folders[1]), damaged="fail", frames=length)
+        with pytest.raises(RunError, match=r"g01_c01.avi: only 11 frames can .*damaged=skip goes on") as error:
+            ucf101._example(strict, dataset.validation.videos, 0, (0, 0, 0), False, set())
+        assert "\n" not in str(error.value)
 
 
 def test_the_recipe_from_end_to_end(folders, tmp_path, capfd):

@@ -257,7 +257,41 @@ def test_odd_sizes(size, inputs, channels, window, groups):
         assert counts[0] == (stream.DENSE if added is None else added.sum())
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "hard_swish", "hard_sigmoid"])
+@pytest.mark.parametrize("step", [None, 0.25, 4.0])
+def test_relu6(step):
+    """Values above 6 are cut, by both implementations, in the way of dense inference; the step rounds what is left."""
+    nodes = (
+        graph.Node("input", "input", 3, quantized=False),
+        graph.Node("a", "conv", 20, (("input", NEAR),), "relu6", quantized=step is not None),
+        graph.Node("pooled", "max_pool", 20, (("a", graph.Window(3, 2, (1, 1))),), quantized=False),
+        graph.Node("b", "conv", 20, (("pooled", NEAR), ("pooled", POINT)), "relu6", groups=20, quantized=False),
+    )
+    rng = np.random.default_rng(9)
+    steps = {} if step is None else {"step": jnp.float32(step)}
+    a, b = (conv(rng, 3, inputs, 20, 1.0) for inputs in (3, 1))
+    params = {"input": {}, "a": {"kernel": 5 * a["kernel"], "bias": a["bias"], **steps}, "pooled": {}}
+    params["b"] = {name: b[name] for name in ("kernel", "bias")}
+    net, both = graph.Graph(nodes), {"maps": params, "head": {"weight": draw(rng, 20, 4), "bias": draw(rng, 4)}}
+    maps = jax.jit(functools.partial(graph.maps, net))
+    runners = [stream.Stream(net, both, (19, 23, 3), implementation=name) for name in ("native", "xla")]
+    assert stream.Stream(net, both, (19, 23, 3)).implementation == "native"
+    states = [runner.init_state() for runner in runners]
+    for frame in clip(rng, (19, 23)):
+        wanted = maps(both, frame[None])
+        plain = graph.maps(
+            graph.Graph((nodes[0], dataclasses.replace(nodes[1], activation="relu"))), both, frame[None]
+        )["a"]
+        assert plain.max() > 8 and 0.05 < np.mean(plain > 6.5) < 0.5
+        for i, runner in enumerate(runners):
+            _, states[i], _ = runner.step(states[i], frame)
+            for name, want in wanted.items():
+                got = runner.map(states[i], name)
+                assert np.mean(np.abs(got - want[0]) > 1e-4) < 0.01, name
+            assert runner.map(states[i], "a").max() == (8 if step == 4 else 6)  # 6 / 4 is rounded to 2
+            assert runner.map(states[i], "b").max() == 6
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "hard_swish", "hard_sigmoid"])
 def test_what_is_no_number_goes_on(activation):
     """As in dense inference, under a trace, where values are not looked at; and when no frame has it any more it is gone."""
     nodes = (

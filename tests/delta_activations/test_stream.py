@@ -14,7 +14,7 @@ import pytest
 
 from deltajax.delta_activations import changes, fold, graph, stream
 from deltajax.layers import delta_activation
-from deltajax.models import efficientnet, fan_out, frames, resnet
+from deltajax.models import efficientnet, fan_out, frames, mobilenet, resnet
 from pallas_kernels import native
 
 IMPLEMENTATIONS = ["native"] * bool(native.compiler()) + ["xla"]
@@ -137,8 +137,11 @@ def test_quantisation_stops_changes(basic, implementation):
             SIZE,
             BASIC.delta,
         ),
+        frames.Config(
+            mobilenet.v2(0.25, stages=mobilenet.v2(0.25).stages[:3], head=16, num_classes=5), SIZE, BASIC.delta
+        ),
     ],
-    ids=["basic", "bottleneck", "inverted"],
+    ids=["basic", "bottleneck", "inverted", "relu6"],
 )
 def test_folding(config):
     """The graph computes what the network does in evaluation mode; its operations are those of the network's own trace."""
@@ -158,6 +161,22 @@ def test_folding(config):
     fed = network_graph.operations(folded, *SIZE)
     for name, (shape, fan) in frames.activations(config.network, SIZE).items():
         assert fed[name] == pytest.approx(np.prod(shape) * fan), name
+
+
+def test_a_head_that_the_graph_cannot_be():
+    """A graph's head has relu after its hidden layer."""
+    network = efficientnet.Config(
+        8, (efficientnet.Stage("fused", 8),), 16, head_hidden=8, activation="relu6", num_classes=5
+    )
+    config = frames.Config(network, SIZE)
+    params, stats = frames.init(jax.random.key(0), config), frames.init_stats(config)
+    with pytest.raises(ValueError, match="activation must be relu for a head with a hidden layer, got 'relu6'"):
+        fold.fold(params, stats, config)
+    same = frames.Config(dataclasses.replace(network, activation="relu"), SIZE)
+    folded = fold.fold(params, stats, same)
+    x = jax.random.normal(jax.random.key(5), (1, 1, *SIZE, 3))
+    want, _ = frames.apply(params, stats, same, x)
+    np.testing.assert_allclose(graph.apply(*folded, x[:, 0]), want[:, 0], rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -44,7 +44,7 @@ def simulate(num_batches, delta, updates, loss_of, hardest=True):
             table[index] = loss_of(len(indices), index)
             indices.append(index)
         ranking = sorted(table.items(), key=lambda item: (-item[1] if hardest else item[1], item[0]))
-        chosen = sorted(index for index, _ in ranking[: int(delta * num_batches)])
+        chosen = sorted(index for index, _ in ranking[: int(delta * num_batches + 1e-9)])
     return indices
 
 
@@ -54,7 +54,7 @@ def simulate(num_batches, delta, updates, loss_of, hardest=True):
 )  # fmt: skip
 def test_traces_equal_a_simulation(num_batches, delta, epochs, seed, values, hardest):
     """Random losses, also with many ties; both directions; E N updates."""
-    if int(delta * num_batches) == 0:
+    if int(delta * num_batches + 1e-9) == 0:
         delta = 1.0
     table = np.random.default_rng(seed).integers(0, values, (epochs * num_batches, num_batches))
 
@@ -64,6 +64,28 @@ def test_traces_equal_a_simulation(num_batches, delta, epochs, seed, values, har
     policy = (HardBatches if hardest else EasyBatches)(delta=delta)
     expected = simulate(num_batches, delta, epochs * num_batches, loss_of, hardest)
     assert trace(policy, num_batches, epochs * num_batches, loss_of) == expected
+
+
+@pytest.mark.parametrize(
+    ("delta", "num_batches", "per_round"),
+    [
+        (1 / 49, 49, 1),
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (1 - 0.9, 10, 1),
+        (1 / 3, 7, 2),
+        (0.7 + 0.1, 10, 8),
+        (0.28, 99, 27),
+    ],
+)
+def test_length_of_a_round(delta, num_batches, per_round):
+    """A product that is whole but for the rounding of floats is that number; others are rounded down."""
+    for policy in (HardBatches(delta=delta), EasyBatches(delta=delta), RandomBatches(delta=delta)):
+        indices = trace(policy, num_batches, num_batches + 2 * per_round, lambda _, index: index)
+        first, second = np.split(np.array(indices[num_batches:]), 2)
+        assert (np.diff(first) > 0).all() and (np.diff(second) > 0).all() and len(first) == per_round
+        if isinstance(policy, HardBatches):
+            assert first.tolist() == second.tolist() == list(range(num_batches - per_round, num_batches))
 
 
 def test_delta_one_is_plain_training():
@@ -165,6 +187,26 @@ def test_info_batch():
     assert [(d.examples.tolist(), d.rescale.tolist()) for d in draws[:updates]] == expected
 
 
+@pytest.mark.parametrize(
+    ("full", "updates", "last"), [(0.7, 10, 7), (0.3, 10, 3), (0.1, 30, 3), (0.29, 100, 29), (0, 10, 0)]
+)
+def test_the_last_part_of_info_batch(full, updates, last):
+    """The floats 1 - 0.7 times 10 are above 3: the last part would begin an update late."""
+    policy = InfoBatch(full=full, ratio=0.5)
+    state = policy.init(8, 4, updates) | {"losses": np.array([0, 0, 0, 0, 0, 0, 0, 9], np.float32)}
+    pruned = [len(policy._epoch(state | {"done": n, "epoch": n})["order"]) < 8 for n in range(updates)]
+    assert pruned.index(True) < updates - last and not any(pruned[updates - last :])
+    if last == 0:  # then it needs no number of updates
+        state |= {"updates": 0}
+        assert any(len(policy._epoch(state | {"done": n, "epoch": n})["order"]) < 8 for n in range(updates))
+        assert policy.init(8, 4, 0)["done"] == 0
+    else:
+        assert (
+            pruned[updates - last - 1]
+            or len(policy._epoch(state | {"done": updates - last - 1, "epoch": 99})["order"]) < 8
+        )
+
+
 def test_info_batch_keeps_the_expected_gradient():
     """The mean over many epochs of factor times indicator is 1 for every example."""
     policy = InfoBatch(ratio=0.6)
@@ -208,6 +250,10 @@ def test_rho_loss(tmp_path):
         (lambda: SelectiveBackprop(beta=-1.0), "beta must be a number >= 0, got -1.0"),
         (lambda: InfoBatch(ratio=1.0), r"ratio must be a number in \[0, 1\), got 1.0"),
         (lambda: InfoBatch().init(3, 4, 10), "batch_size must be at most the 3 examples of the training set, got 4"),
+        (lambda: InfoBatch().init(4, 4, 9), "batch_size must be less than the 4 examples for InfoBatch to prune any, got 4"),
+        (lambda: InfoBatch().init(40, 4, 0), "updates must be .* InfoBatch leaves the last 0.125 whole, got 0"),
+        (lambda: InfoBatch().init(40, 4, 11), r"must be > 11 .* first 10 and the last 1 \(full = 0.125\) .* got 11"),
+        (lambda: InfoBatch(full=0.95).init(40, 4, 100), "updates must be > 105 for InfoBatch to prune"),
         (lambda: RhoLoss(table="absent.npy").init(9, 4, 1), "table must be a .npy file .* the 9 .*'absent.npy'"),
         (lambda: drive(SelectiveBackprop(), 8, 4, 1, lambda n, e: np.nan if e == 3 else 1.0), "loss of example 3 must"),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltajax.interop import gpt_neox as interop
-from deltajax.massive_activations import intervene
+from deltajax.massive_activations import intervene, surface
 from deltajax.models import gpt_neox
 from deltajax.ops.taps import tag
 
@@ -28,8 +28,69 @@ def test_what_each_mode_writes():
 
 
 def test_more_values_than_there_are():
-    with pytest.raises(ValueError, match="top must be at most 6, the values of a sequence, got 7"):
+    with pytest.raises(ValueError, match="top must be an integer from 1 to 6, the values of a sequence, got 7"):
         intervene.massive(jnp.ones((2, 3, 2)), 7)
+
+
+@pytest.mark.parametrize("top", [0, -1, 2.0, True])
+def test_top_must_be_a_number_of_values(top):
+    with pytest.raises(ValueError, match="top must be an integer from 1 to 6"):
+        intervene.massive(jnp.ones((2, 3, 2)), top)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_exactly_top_values_of_equals(dtype):
+    """The first of them, and none of the padding."""
+    x = jnp.ones((2, 4, 8), dtype).at[1, 3, 7].set(1.001)
+    assert np.flatnonzero(intervene.massive(x, 5)[0]).tolist() == [0, 1, 2, 3, 4]
+    mask = jnp.array([[False, True, True, False]] * 2)
+    chosen = intervene.massive(x.at[:, 0].set(100), 5, mask)
+    assert np.flatnonzero(chosen[0]).tolist() == [8, 9, 10, 11, 12] and not chosen[:, ~mask[0]].any()
+    assert intervene.massive(x, 20, mask).sum() == 2 * 16
+
+
+def stack(params, batch):
+    """Two blocks, and a loss of which a mask can leave out positions."""
+    x = batch["x"]
+    for p in params:
+        x = tag(x + p, "residual")
+    weight = batch.get("segment_ids", jnp.ones(x.shape[:2])) > 0
+    return {"loss": jnp.sum(jnp.abs(x) * weight[..., None]), "weight": jnp.sum(weight)}
+
+
+def test_a_block_that_is_not_there():
+    """An intervention that would happen nowhere is an error, not a loss without change."""
+    batch = {"x": jnp.ones((1, 2, 3))}
+    for layer in (-1, 2, 0.5, True):
+        with pytest.raises(ValueError, match=f"layer must be a block's number, 0 to 1, got {layer}"):
+            intervene.losses(stack, jnp.ones(2), [batch], [0, layer], 1)
+        with pytest.raises(ValueError, match=f"layer must be a block's number, 0 to 1, got {layer}"):
+            intervene.intervened(stack, layer, lambda x: 0 * x)(jnp.ones(2), batch)
+        with pytest.raises(ValueError, match=f"layer must be a block's number, 0 to 1, got {layer}"):
+            surface.magnitudes(stack, jnp.ones(2), batch, layer)
+    assert intervene.intervened(stack, 1, lambda x: 0 * x)(jnp.ones(2), batch)["loss"] == 0
+
+
+def test_batches_are_read_once_and_there_is_one():
+    batches = [{"x": jnp.arange(12.0).reshape(2, 2, 3) + n} for n in range(2)]
+    assert intervene.losses(stack, jnp.ones(2), iter(batches), [1], 2) == intervene.losses(
+        stack, jnp.ones(2), batches, [1], 2
+    )
+    with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
+        intervene.losses(stack, jnp.ones(2), [], [0], 1)
+
+
+def test_padding_is_neither_massive_nor_overwritten():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    padded = {"x": jnp.pad(x, ((0, 0), (0, 3), (0, 0)), constant_values=50.0)}
+    padded["segment_ids"] = jnp.pad(jnp.ones((2, 5), int), ((0, 0), (0, 3)))
+    plain = intervene.losses(stack, jnp.ones(2), [{"x": x}], [0, 1], 3)
+    for layer, by_mode in intervene.losses(stack, jnp.ones(2), [padded], [0, 1], 3).items():
+        assert by_mode == pytest.approx(plain[layer], rel=1e-6)
+    block, size = surface.magnitudes(stack, jnp.ones(2), padded)
+    expected_block, expected = surface.magnitudes(stack, jnp.ones(2), {"x": x})
+    assert block == expected_block and np.isnan(size[5:]).all()
+    np.testing.assert_array_equal(size[:5], expected)
 
 
 GOLDEN = Path(__file__).parents[1] / "interop/golden"

@@ -29,6 +29,10 @@ CONFIGS = {
     "efficientnet_v2_s": efficientnet.v2_s(),
     "mobilenetv3_small_100": mobilenet.v3_small(),
     "mobilenet_v3_small": mobilenet.v3_small(norm=batch_norm.Config(momentum=0.01, eps=1e-3)),
+    "mobilenetv2_100": mobilenet.v2(),
+    "mobilenet_v2": mobilenet.v2(),
+    "efficientnet_lite0": efficientnet.lite(0),
+    "tf_efficientnet_lite0": efficientnet.lite(0, **TENSORFLOW),
 }
 SMALL = resnet.resnet_small(widths=(8, 16), blocks=(1, 1), in_channels=1, num_classes=4)
 

@@ -10,9 +10,11 @@ from deltajax.ops.activation_statistics import (
     activation_statistics,
     first_token_share,
     median,
+    padding_mask,
     summarise,
     with_statistics,
 )
+from deltajax.ops.taps import tag
 
 
 def test_statistics_of_each_sequence():
@@ -28,6 +30,41 @@ def test_statistics_of_each_sequence():
     means = summarise(got)
     assert means["ratio"] == pytest.approx(np.mean(got["top1"]) / np.mean(got["median"]), rel=1e-6)
     assert (means["position"], means["channel"]) == (11, 6)
+
+
+@pytest.mark.parametrize("pad", [1, 6])
+def test_padding_does_not_count(pad):
+    """Statistics of padded sequences are those of the sequences."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_t(3, (2, 5, 7)).astype(np.float32)
+    padded = np.concatenate([x, np.full((2, pad, 7), 1e4, np.float32)], axis=1)
+    mask = np.arange(5 + pad) < 5
+    got = jax.device_get(activation_statistics(padded, mask=jnp.asarray(np.broadcast_to(mask, (2, 5 + pad)))))
+    for name, expected in jax.device_get(activation_statistics(x)).items():
+        compare = np.testing.assert_allclose if name == "kurtosis" else np.testing.assert_array_equal
+        compare(got[name], expected, err_msg=name, **({"rtol": 1e-5} if name == "kurtosis" else {}))
+    empty = activation_statistics(padded, mask=jnp.array([[False] * (5 + pad), mask.tolist()]))
+    assert np.isnan(empty["top1"][0]) and empty["channel"][0] == -1
+    means = summarise(jax.device_get(empty))
+    assert means["top1"] == got["top1"][1] and means["channel"] == got["channel"][1]
+
+
+def test_padding_in_a_function():
+    """`with_statistics` takes the mask from the function's arguments; shares of padded queries are left out."""
+
+    def f(batch):
+        share = jnp.where(padding_mask(batch), 0.25, 100.0)
+        tag(share[:, 8 // 16 :: 1], "first_token_share")
+        return tag(batch["x"], "residual")
+
+    ids = jnp.array([[1, 1, 2, 2, 0, 0, 0, 0]])
+    batch = {"x": jnp.arange(24.0).reshape(1, 8, 3) * 3 % 17, "segment_ids": ids}
+    _, got = with_statistics(f, mask=padding_mask)(batch)
+    _, expected = with_statistics(lambda batch: tag(batch["x"][:, :4], "residual"))(batch)
+    assert float(got["first_token_share"][0, 0]) == 0.25
+    assert got["top1"] == expected["top1"] and got["median"] == expected["median"]
+    with pytest.raises(ValueError, match="mask must have the shape of activations without channels"):
+        activation_statistics(jnp.ones((2, 3, 4)), mask=jnp.ones((2, 5), bool))
 
 
 def test_nothing_is_sorted():
@@ -67,6 +104,6 @@ def test_first_token_share(with_sink):
         extra = np.einsum("bthk,hk->bht", q, np.repeat(sink, 2, axis=0)) / np.sqrt(6)
         scores = np.concatenate([scores, extra[..., None]], -1)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    expected = (weights[..., :9] * first[:, None, None]).sum(-1).mean((1, 2))
+    expected = (weights[..., :9] * first[:, None, None]).sum(-1).mean(1)
     got = first_token_share(q, k, jnp.asarray(visible), jnp.asarray(first), sink, queries=9)
     np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -126,7 +126,7 @@ def test_language_model(scan_layers):
     captured = capture(hidden, {"residual": lambda x: x, "first_token_share": lambda x: x})
     (y, seen), expected = jax.jit(lambda params: (captured(params), hidden(params)))(params)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    assert seen["first_token_share"].shape == (2, 2)
+    assert seen["first_token_share"].shape == (2, 2, 6)
     last = seen["residual"][-1]
     normed = last / jnp.sqrt(jnp.mean(last**2, -1, keepdims=True) + config.norm_eps)
     np.testing.assert_allclose(normed, y, rtol=1e-4, atol=1e-5)
@@ -153,3 +153,14 @@ def test_a_tag_costs_nothing():
     with_tags, without = (jax.jit(jax.grad(f)).lower(WEIGHTS, X).compile().cost_analysis() for f in (scan, untagged))
     assert with_tags["flops"] == without["flops"] > 0
     assert with_tags["bytes accessed"] == without["bytes accessed"]
+
+
+def test_one_tag_on_values_of_different_widths():
+    def f(x):
+        return tag(tag(x, "residual")[:, :2], "residual")
+
+    with pytest.raises(ValueError, match=r"probes of 'residual' gave results of different shapes.* differ in width"):
+        capture(f, {"residual": lambda x: x})(jnp.ones((1, 3)))
+    assert capture(f, {"residual": jnp.sum})(jnp.ones((1, 3)))[1]["residual"].tolist() == [3, 2]
+    with pytest.raises(ValueError, match=r"must have its shape \(1, 3\), got \(3,\)"):
+        replace(f, {"residual": lambda x, place: x[0]})(jnp.ones((1, 3)))

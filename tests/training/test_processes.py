@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from training_runs import SMALL, Ended, assert_killed, free_port, losses, run_to
 
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
-from deltajax.training import distributed, loop, overrides
+from deltajax.training import attendance, distributed, loop, overrides
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
 
@@ -98,6 +99,24 @@ def test_killed_full_torn_and_moved(tmp_path, tiny_config):
         assert ours[at][0] == pytest.approx(theirs[at][0], rel=1e-4), f"step {at}"
 
 
+def test_the_first_is_killed_while_all_compile(tmp_path):
+    """JAX would abort the other one at once, in words of its own."""
+    ended = run_together(tmp_path, [("kill_in_compile", 1), ("kill", 0)], *SMALL)
+    assert [process.code for process in ended] == [-signal.SIGKILL, 1], ended
+    again = "to continue start all of them again"
+    assert ended[1].messages == [f"error: process 0 of 2 is gone; no checkpoint was saved yet; {again}"]
+
+
+def test_one_is_stopped_while_jax_starts(tmp_path):
+    """Nothing closes; without a sign of life it counts as gone, and says so itself when it goes on."""
+    ended = run_together(tmp_path, [("kill", 0), ("stop_in_start", 1)], *SMALL)
+    assert [process.code for process in ended] == [1, 1], ended
+    again = "to continue start all of them again"
+    assert ended[0].messages == [f"error: process 1 of 2 is gone; {again}"]
+    message = f"error: process 1 of 2 did not answer for 10 s; the others have given it up; {again}"
+    assert ended[1].messages == [message]
+
+
 def start_processes(*processes: tuple[int, int], timeout: int = 20) -> list[str]:
     """What `distributed.start` says to those (index, count) that come; JAX itself is not reached."""
     port = free_port()
@@ -117,6 +136,29 @@ def test_missing_processes_are_named():
     (message,) = start_processes((1, 2), timeout=1)
     assert "process 0 of --coordinator=localhost:" in message
     assert message.endswith("did not come within 1 s")
+
+
+def test_who_dies_in_the_roll_call_is_gone(monkeypatch):
+    """It may come again for a while, but nobody waits for the whole time-out."""
+    monkeypatch.setattr(attendance, "TICK_SECONDS", 0.05)
+    port = free_port()
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(attendance.call_the_roll, port, 3, 600)
+        for _ in range(2):
+            with socket.socket() as connection:
+                while connection.connect_ex(("localhost", port)):  # it is not there yet
+                    pass
+                connection.sendall(b"1 3\n")
+        with pytest.raises(RunError, match="process 1 of 3 is gone; to continue start all of them again"):
+            first.result()
+    with socket.create_server(("", port)) as server, ThreadPoolExecutor(1) as thread:
+        other = thread.submit(attendance.answer_the_roll, "localhost", port, 1, 3, 600)
+        while not other.done():
+            server.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):
+                server.accept()[0].close()
+        with pytest.raises(RunError, match="process 0 of 3 is gone; to continue start all of them again"):
+            other.result()
 
 
 def test_processes_that_do_not_fit_together_are_named():

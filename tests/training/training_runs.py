@@ -110,7 +110,7 @@ def run_together(workdir: Path, accidents: list[tuple[str, int]], *arguments: st
 
 
 def assert_killed(ended: list[Ended], victim: int) -> list[int]:
-    """One was killed, all others ended and said who is gone; when the first is among those, JAX has aborted the rest.
+    """One was killed, all others ended and said who is gone.
 
     Gloo may take a process along without a word (`_ended_by_gloo`): that one counts as gone.
 
@@ -124,10 +124,6 @@ def assert_killed(ended: list[Ended], victim: int) -> list[int]:
     kept = []
     for index, process in enumerate(ended):
         if index in gone:
-            continue
-        if 0 in gone:
-            aborted = process.code in (-signal.SIGABRT, 1)
-            assert aborted, f"process {index} should have been aborted by JAX; {_described(ended)}"
             continue
         line = rf"{said}; last good checkpoint: step (\d+); to continue start all of them again"
         found = re.fullmatch(line, "\n".join(process.messages))

@@ -22,6 +22,10 @@ NETWORKS = {  # name -> (library, size of the images)
     "efficientnet_v2_s": ("torchvision", 61),
     "mobilenetv3_small_100": ("timm", 61),
     "mobilenet_v3_small": ("torchvision", 64),
+    "mobilenetv2_100": ("timm", 61),
+    "mobilenet_v2": ("torchvision", 64),
+    "efficientnet_lite0": ("timm", 64),
+    "tf_efficientnet_lite0": ("timm", 70),
 }
 
 
