@@ -89,13 +89,17 @@ def _run(action, values, doc, argv, signals, debug, result_is_printed) -> int:
 
 @contextlib.contextmanager
 def _interruptible(of_process: bool) -> Iterator[list[int]]:
-    """SIGTERM and SIGHUP are as Ctrl-C; yields the list of signals that came. What nohup or a shell has ignored stays so."""
+    """Handle SIGTERM and SIGHUP as Ctrl-C; yield the list of signals that came.
+
+    A signal that nohup or a shell has ignored stays ignored.
+    """
     came: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         came.append(number)
         if of_process and _is_importing(frame):
-            # Extension modules make an ImportError of the exception, or lose it. Nothing is open yet that needs an end.
+            # Extension modules turn the exception into an ImportError, or lose it.
+            # Ending at once is as safe as `kill -9`, which every phase of a run survives.
             os.write(2, b"error: interrupted\n")
             os._exit(1)
         raise KeyboardInterrupt

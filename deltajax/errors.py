@@ -18,8 +18,9 @@ class RunError(RuntimeError):
 def check_types(config: Any) -> None:
     """Check every field of a dataclass against its annotation; to be called first in `__post_init__`.
 
-    Values that mean the same are converted: scalars and arrays of NumPy and JAX to Python's numbers, integers to floats where a
-    float is annotated, sequences to tuples. A bool is no integer, and a float is none either, whatever its value.
+    Values that mean the same are converted: scalars and arrays of NumPy and JAX to Python's numbers,
+    integers to floats where a float is annotated, sequences to tuples. Neither a bool nor a float is
+    an integer, whatever its value.
 
     Raises:
       ValueError: names the field, the value, its type and what is allowed.
@@ -97,7 +98,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What a scalar or an array of NumPy or JAX holds, what a subclass of a scalar type is; all else as it is."""
+    """Convert scalars and arrays of NumPy and JAX, and subclasses of scalar types, to Python's own."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Standard streams that decide nothing about a run: what can't be written is dropped, what can't be encoded is escaped."""
+"""Make printing harmless: what can't be written is dropped, what can't be encoded is escaped."""
 
 import contextlib
 import errno

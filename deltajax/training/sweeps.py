@@ -8,10 +8,9 @@ import functools
 import itertools
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,9 @@ from deltajax.csv_table import read_table
 from deltajax.errors import RunError
 from deltajax.layers.param import count_params
 from deltajax.models import registry
-from deltajax.training import metrics, overrides, serialize
-from deltajax.training.config import (
-    TrainConfig,
-    call,
-    folder_name,
-    load_config,
-    load_experiment,
-    parameters_of,
-    slug,
-    split_arguments,
-)
+from deltajax.training import grids, metrics, overrides, serialize
+from deltajax.training.config import TrainConfig, folder_name, load_config, slug, split_arguments
+from deltajax.training.experiment_file import call, load_experiment, parameters_of
 from deltajax.training.lock import InUse, lock
 from deltajax.training.sweep_workers import CONFIG_FILE, Worker, share
 
@@ -93,7 +84,7 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
     file, arguments = split_arguments(path)
     module = load_experiment(file)
     if grid:
-        given = [_parse_grid(text) for text in grid]
+        given = [grids.parse(text) for text in grid]
         tables: Any = dict(given)
         names = [name.removeprefix(CONFIG) for name, _ in given]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -101,11 +92,11 @@ def members(path: str, grid: Sequence[str] = (), changes: Mapping[str, str] | No
             raise ValueError(f"--grid: {twice} is given twice; its values are joined by commas")
     else:
         takes = parameters_of(module, "get_grid")
-        tables = _check_grid(call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path), path)
+        tables = grids.check(call(module, "get_grid", {k: v for k, v in arguments.items() if k in takes}, path), path)
         # What only get_grid takes is meant for it; what neither takes get_config shall complain about.
         arguments = {k: v for k, v in arguments.items() if k not in takes or k in parameters_of(module, "get_config")}
     found = []
-    for settings in _products([tables] if isinstance(tables, Mapping) else tables):
+    for settings in grids.products([tables] if isinstance(tables, Mapping) else tables):
         of_file = arguments | {k: v for k, v in settings.items() if not k.startswith(CONFIG)}
         keys = {k.removeprefix(CONFIG): v for k, v in settings.items() if k.startswith(CONFIG)}
         keys = dict(changes or {}) | keys
@@ -129,40 +120,6 @@ def _check_distinct(found: Sequence[Member]) -> None:
             if other.config == member.config:
                 raise ValueError(f"--grid: the members {other.name} and {member.name} are the same run")
         before.append(member)
-
-
-def _check_grid(tables: Any, path: str) -> Sequence[Mapping[str, Iterable[Any]]]:
-    """What `get_grid` returned, as a list."""
-    listed = [tables] if isinstance(tables, Mapping) else tables
-    values = [pair for table in listed for pair in table.items()] if _are(listed, Mapping) else [(None, None)]
-    if not all(isinstance(name, str) and _are(of_name, object) for name, of_name in values):
-        raise ValueError(
-            f"--config={path}: get_grid() must return mappings from names to lists of values, got {str(tables)[:80]}"
-        )
-    return listed
-
-
-def _are(values: Any, kind: type) -> bool:
-    """Whether it is a collection, neither text nor a mapping, of these."""
-    return (
-        isinstance(values, Collection)
-        and not isinstance(values, str | bytes | Mapping)
-        and all(isinstance(value, kind) for value in values)
-    )
-
-
-def _parse_grid(text: str) -> tuple[str, list[str]]:
-    name, equals, listed = text.partition("=")
-    values = [v.strip() for v in re.split(r",(?![^(]*\))", listed)]
-    if not equals or not name or not all(values):
-        raise ValueError(f"--grid={text}: must be name=value,value,...")
-    return name.strip(), values
-
-
-def _products(tables: Iterable[Mapping[str, Iterable[Any]]]) -> Iterator[dict[str, str]]:
-    for table in tables:
-        for values in itertools.product(*table.values()):
-            yield {k: str(v) for k, v in zip(table, values, strict=True)}
 
 
 def run(found: Sequence[Member], workdir: Path, table: Path, *, jobs: int = 1, bins: int = 32) -> None:

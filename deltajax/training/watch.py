@@ -50,8 +50,8 @@ def report_stall(process: int, step: int, seconds: float) -> None:
 class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request to stop; a second SIGINT or SIGTERM interrupts at once.
 
-    A terminal that closes often sends SIGHUP twice; nohup has it ignored. Of several processes, the one that got SIGTERM tells
-    the others through JAX's preemption service, which has the handler.
+    A terminal that closes often sends SIGHUP twice; nohup has it ignored. Of several processes, the
+    one that got SIGTERM tells the others through JAX's preemption service, which has the handler.
     """
 
     def __init__(self):

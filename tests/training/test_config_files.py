@@ -6,6 +6,7 @@ import pytest
 from training_runs import TINY
 
 from deltajax import rehearse, report, sweep, train
+from deltajax.training import sweeps
 from deltajax.training.config import load_config
 
 LOAD = (
@@ -105,6 +106,13 @@ def test_grids_that_are_none(text, said, tmp_path, capfd):
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and err.startswith(f"error: --config={path}{said}"), err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_grid_that_is_yielded(tmp_path):
+    path = written(
+        tmp_path, f"{LOAD}get_config = m.get_config\ndef get_grid():\n    yield {{'config.seed': range(2)}}\n"
+    )
+    assert [member.config.seed for member in sweeps.members(path)] == [0, 1]
 
 
 def test_a_report_that_is_none(tmp_path, capfd):
