@@ -255,7 +255,8 @@ class Run:
         limits = self.config.nonfinite
         if row["streak"] > limits.max_consecutive or row["skipped"] > limits.max_total:
             # The last finite update made the parameters from which none followed: its checkpoint is not good.
-            if row["streak"] < step:
+            self.checkpoints.wait()
+            if row["streak"] < step:  # else they are still the first parameters, which no update has spoilt
                 self.checkpoints.discard(step - int(row["streak"]))
             spike = "" if limits.max_grad_norm is None else f" or a norm above {limits.max_grad_norm:g}"
             raise RunError(

@@ -163,16 +163,15 @@ def _compare(paired: Paired, rows: Iterable[Mapping[str, str]]) -> dict[tuple[st
 def _differences(
     paired: Paired, runs: Mapping[str, Run], base: Mapping[str, Run]
 ) -> tuple[list[str], list[tuple[float, float] | None]]:
-    best = max if paired.better == "high" else min
     seeds = [seed for seed in runs if seed in base]
     cells: list[str] = []
     differences: list[tuple[float, float] | None] = []
-    for of in (lambda run: run.curve[max(run.curve)], lambda run: best(run.curve.values())):
+    for of in (lambda run: run.curve[max(run.curve)], lambda run: _best(run, paired.better)):
         cells.append(f"{statistics.mean(of(runs[s]) for s in seeds):.4f}")
         differences.append(interval([of(runs[s]) - of(base[s]) for s in seeds]))
     reached, changes = [], []
     for seed in seeds:
-        level = best(base[seed].curve.values())
+        level = _best(base[seed], paired.better)
         mine, theirs = (updates_to_reach(of[seed].curve, level, paired.better) for of in (runs, base))
         if mine is not None and theirs is not None:
             reached.append(mine)
@@ -182,6 +181,12 @@ def _differences(
     differences.append(change if change is None or len(changes) == len(seeds) else (change[0], math.inf))
     cells += [f"{statistics.mean(runs[s].costs.get(cost, 0) for s in seeds):,.0f}" for cost in COSTS]
     return [*cells, str(len(seeds))], differences
+
+
+def _best(run: Run, better: str) -> float:
+    """The best value at any evaluation; NaN if none is finite."""
+    values = [value for value in run.curve.values() if math.isfinite(value)]
+    return (max if better == "high" else min)(values, default=math.nan)
 
 
 def _chosen(row: Mapping[str, str], where: Mapping[str, Any]) -> bool:
