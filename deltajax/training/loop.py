@@ -327,7 +327,9 @@ class Run:
         if progress["corpus"] == now["corpus"] or not now["corpus"]:
             return True
         if isinstance(self.iterator, SelectedBatches):
-            raise ValueError("data.selection: the checkpoint's losses are of other data; begin a run in another --workdir")
+            raise ValueError(
+                "data.selection: the checkpoint's losses are of other data; begin a run in another --workdir"
+            )
         if distributed.is_first():
             print(
                 "warning: the corpus is not the one of the checkpoint: it is read from its first example on, "
@@ -338,7 +340,8 @@ class Run:
 
     def _save(self, loss: float | None, skipped: int) -> None:
         """Save; `skipped` updates have been skipped since the last one that was applied."""
-        progress = {"iterator": self.iterator.get_state(), "examples": self.examples, **self._identities()}
+        progress: dict[str, Any] = {"iterator": self.iterator.get_state(), "examples": self.examples}
+        progress |= self._identities()
         progress["seconds"] = self.seconds + time.perf_counter() - self._clock
         self.checkpoints.save(self.step, self.state, self.config, progress, loss, skipped)
         if loss is not None and math.isfinite(loss):
