@@ -120,6 +120,14 @@ class ExamplePolicy:
         more, i = divmod(number - left, state["num_examples"] // size)
         return epoch + 1 + more, i * size
 
+    def _origin(self, state: State, number: int) -> tuple[int, int, int]:
+        """(number, epoch, place) right behind the candidates before batch `number`."""
+        origin = state.get("origin", (0, 0, 0))
+        if number == origin[0]:
+            return origin
+        epoch, place = self._place(state, number - 1)
+        return number, epoch, place + state["batch_size"]
+
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveBackprop(ExamplePolicy):
@@ -154,7 +162,7 @@ class SelectiveBackprop(ExamplePolicy):
         return [Draw(self._candidates(state, state["scored"]), scored=True)]
 
     def _resize(self, state, batch_size):
-        return state | {"origin": (state["scored"], *self._place(state, state["scored"]))}
+        return state | {"origin": self._origin(state, state["scored"])}
 
     def _update(self, state, draw, losses):
         if not draw.scored:
@@ -291,7 +299,7 @@ class RhoLoss(ExamplePolicy):
         """A pool that is not complete or not trained on is scored again."""
         first = (state["pools"] - (len(state["chosen"]) > 0)) * self.pool
         fresh = {"excess": np.zeros(0, np.float32), "chosen": np.zeros(0, np.int64)}
-        return state | fresh | {"pools": first // self.pool, "origin": (first, *self._place(state, first))}
+        return state | fresh | {"pools": first // self.pool, "origin": self._origin(state, first)}
 
     def _update(self, state, draw, losses):
         if not draw.scored:

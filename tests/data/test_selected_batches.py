@@ -155,6 +155,59 @@ def test_another_batch_size_after_a_restart(table):
                 second.iterator.set_state(first.iterator.get_state())
 
 
+def test_batches_of_another_size_are_refused_though_they_are_as_many():
+    """45 examples are 5 batches of 8 and of 9: the losses are of other batches."""
+    for policy in POLICIES[:5]:
+        with pytest.raises(ValueError, match=r"ranks batches that were composed once \(data.batch_size: 8 -> 9\)"):
+            dataset(policy, batch_size=9).train_iterator().set_state(dataset(policy).train_iterator().get_state())
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 5, 7, 12])
+@pytest.mark.parametrize("sizes", [(8, 4), (8, 16), (8, 7, 3), (8, 45, 1)])
+def test_candidates_of_another_size_follow_the_old_ones(number, sizes):
+    """No example is skipped or repeated within an epoch but those that do not fill its last batch."""
+    policy = SelectiveBackprop()
+    state = policy.init(45, sizes[0], 0) | {"scored": number}
+    drawn = [policy._candidates(state, n) for n in range(number)]
+    for size in sizes[1:]:
+        state = policy.resize(state, size)
+        for _ in range(3):
+            drawn.append(policy._candidates(state, state["scored"]))
+            assert len(drawn[-1]) == size
+            state |= {"scored": state["scored"] + 1}
+    epoch, at = 0, 0
+    order = np.random.default_rng((policy.seed, epoch)).permutation(45)
+    for batch in drawn:
+        if at + len(batch) > 45:
+            epoch, at = epoch + 1, 0
+            order = np.random.default_rng((policy.seed, epoch)).permutation(45)
+        np.testing.assert_array_equal(batch, order[at : at + len(batch)])
+        at += len(batch)
+
+
+def test_rho_loss_scores_an_open_pool_again_in_batches_of_another_size(table):
+    policy = RhoLoss(table="table.npy", pool=3)
+    state = policy.init(45, 8, 30) | {"pools": 1}
+    first = policy._candidates(state, 3)[:4]
+    open_pool = state | {"excess": np.ones(8, np.float32)}
+    chosen = state | {"pools": 2, "chosen": np.arange(8)}
+    for now in (state, open_pool, chosen):
+        draw = policy.upcoming(policy.resize(now, 4))[0]
+        assert draw.scored
+        np.testing.assert_array_equal(draw.examples, first)
+
+
+def test_info_batch_ends_an_epoch_that_has_no_batch_of_the_new_size_left():
+    policy = InfoBatch()
+    state = policy.init(45, 8, 30)
+    order = state["order"]
+    for draw in policy.upcoming(state)[:4]:
+        state = policy.update(state, draw, np.ones(8, np.float32))
+    np.testing.assert_array_equal(policy.upcoming(policy.resize(state, 4))[0].examples, order[32:36])
+    larger = policy.resize(state, 16)
+    assert (larger["epoch"], larger["position"], len(policy.upcoming(larger)[0].examples)) == (1, 0, 16)
+
+
 def test_batches_are_always_the_same_examples():
     """The last, incomplete one is left out; a seeded composition is one permutation."""
     for policy in (HardBatches(delta=0.4), HardBatches(delta=0.4, composition="seeded")):
@@ -229,6 +282,9 @@ def test_a_state_of_something_else_is_refused():
         dataset(EasyBatches()).train_iterator().set_state(state)
     with pytest.raises(ValueError, match="the checkpoint's table has 5 losses, the data 2"):
         dataset(HardBatches(), size=17).train_iterator().set_state(state)
+    state = dataset(SelectiveBackprop()).train_iterator().get_state()
+    with pytest.raises(ValueError, match="the checkpoint is of 45 examples, the data have 17"):
+        dataset(SelectiveBackprop(), size=17).train_iterator().set_state(state)
     with pytest.raises(ValueError, match="made with Shuffled, not HardBatches"):
         dataset(HardBatches()).train_iterator().set_state({"next_index": 3})
 

@@ -69,3 +69,14 @@ def test_interval_and_direction():
     curve = {30: 0.2, 10: 0.9, 20: 0.5}
     assert (updates_to_reach(curve, 0.5, "low"), updates_to_reach(curve, 0.5, "high")) == (20, 10)
     assert updates_to_reach(curve, 0.1, "low") is None
+
+
+def test_the_best_is_never_nan():
+    """Whatever comes first: a run that diverged in between has a best value, one without finite values has none."""
+    for curve in ({10: 0.4, 20: float("nan"), 30: 0.5}, {10: float("nan"), 20: 0.5, 30: 0.4}):
+        table = [*rows("plain", 0, {10: 0.5, 20: 0.5, 30: 0.5}), *rows("other", 0, curve)]
+        text = tabulate(Paired("", "", ("policy",), {"policy": "plain"}), table)
+        assert "| 0.5000 | +0.0000 |" in text
+        assert f"| {30 if curve[30] == 0.5 else 20} | 1 of 1 |" in text
+    never = [*rows("plain", 0, {10: 0.5}), *rows("other", 0, {10: float("nan")})]
+    assert "| none | 0 of 1 |" in tabulate(Paired("", "", ("policy",), {"policy": "plain"}), never)
