@@ -21,9 +21,18 @@ from deltajax.errors import RunError
 from deltajax.hard_batches import ExamplePolicy
 from deltajax.layers.param import count_params
 from deltajax.models import registry
-from deltajax.training import activation_log, distributed, metrics, optimizer, pretrained, sampling, serialize, watch
+from deltajax.training import (
+    activation_log,
+    attendance,
+    distributed,
+    metrics,
+    optimizer,
+    pretrained,
+    sampling,
+    serialize,
+    watch,
+)
 from deltajax.training import mesh as mesh_lib
-from deltajax.training.attendance import Attendance, is_of_runtime
 from deltajax.training.checkpoint import Checkpoints
 from deltajax.training.config import TrainConfig
 from deltajax.training.lock import lock
@@ -48,7 +57,7 @@ def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
     with contextlib.ExitStack() as stack:
         distributed.on_first(lambda: stack.enter_context(lock(workdir)))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
-        attendance = stack.enter_context(Attendance(checkpoints.kept))
+        attendance.keep(checkpoints.kept)
         try:
             _go_on(config, workdir, checkpoints, step)
         except KeyboardInterrupt:
@@ -56,10 +65,9 @@ def run(config: TrainConfig, workdir: Path, program: Any = None) -> None:
         except UnrankableLoss as error:
             raise RunError(f"{error}; {checkpoints.kept()}") from None
         except (jax.errors.JaxRuntimeError, ValueError, RunError) as error:
-            if jax.process_count() == 1 or not is_of_runtime(error):
-                raise
-            checkpoints.abandon()
-            raise RunError(attendance.last_word(error)) from error
+            if jax.process_count() > 1 and attendance.is_of_runtime(error):
+                checkpoints.abandon()
+            raise
 
 
 def _go_on(config: TrainConfig, workdir: Path, checkpoints: Checkpoints, step: Step) -> None:
@@ -67,8 +75,8 @@ def _go_on(config: TrainConfig, workdir: Path, checkpoints: Checkpoints, step: S
     restored = checkpoints.restore(step.abstract, config)
     if not restored:
         distributed.on_first(checkpoints.check_not_lost)
-    summary = workdir / "summary.json"
-    result = distributed.on_first(lambda: _read_summary(summary))
+    summary = workdir / metrics.SUMMARY
+    result = distributed.on_first(lambda: metrics.read_summary(workdir))
     if restored and restored[0] >= config.steps and result:
         print(f"The run in {workdir} is complete: {_describe(result)}.")
         print("To continue it give a larger --config.steps; to start anew another --workdir.")
@@ -242,7 +250,12 @@ class Run:
         key = jax.random.fold_in(jax.random.wrap_key_data(jax.device_get(self.state.rng)), self.step)
         config, tokenizer = self.config, self.dataset.tokenizer
         return sampling.continue_text(
-            self.state.params, config.model, tokenizer, config.prompt.encode(), key, config.sampling
+            self.state.params,
+            config.model,
+            tokenizer,
+            config.prompt.encode(errors="surrogateescape"),
+            key,
+            config.sampling,
         )
 
     def _report(self, step: int, values: dict[str, jax.Array], seen: dict[str, jax.Array] | None = None) -> float:
@@ -358,15 +371,6 @@ def check_fits(config: TrainConfig, dataset: data.Dataset) -> None:
         needed, there = getattr(dataset, name), getattr(config.model, name, None)
         if needed is not None and (there is None or there < needed):
             raise ValueError(f"model.{name} must be >= {needed}, as in the data, got {there}")
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    """What `finish` wrote last; None if the run is not complete."""
-    try:
-        result = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return result if isinstance(result, dict) and {"steps", "validation_loss"} <= result.keys() else None
 
 
 def _describe(summary: dict[str, Any]) -> str:

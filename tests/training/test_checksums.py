@@ -1,5 +1,6 @@
 """A checkpoint whose bits have changed is not used, and what is used is what was saved."""
 
+import itertools
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ def cut(x, *parts):
 
 
 def slices(*bounds):
-    return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
