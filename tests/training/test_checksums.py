@@ -86,6 +86,8 @@ def flips(folder: Path, count: int):
         yield files[n], int(place - (sizes[n - 1] if n else 0))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads of Orbax
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("item", ["params", "rest", "progress"])
 def test_flipped_bits_are_noticed(item, finished, tmp_path, tiny_config, capfd):
     """Of a flip anywhere in a checkpoint's files the values are right, or the checkpoint is not used."""
