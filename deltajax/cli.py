@@ -26,6 +26,12 @@ from absl import flags, logging
 from deltajax import streams
 from deltajax.errors import RunError
 
+# Flags of any command that are paths. Those of corpora expand what they list themselves.
+PATHS = {
+    *("checkpoint", "checkpoints", "config", "csv", "executable", "experiments", "fits", "out", "output", "results"),
+    *("runs", "save", "surfaces", "text", "tokenizer", "trajectories", "workdir"),
+}
+
 
 def flag_values() -> flags.FlagValues:
     """The flags that every command has. Not absl's global set: in it two commands could not share names."""
@@ -169,4 +175,15 @@ def _parse(argv: list[str], values: flags.FlagValues) -> dict[str, str]:
         raise ValueError(re.sub(r"\('(.*)', '.*'\)$", r"\1", str(error))) from None  # a tuple that absl prints raw
     if positional:
         raise ValueError(f"{positional[0]}: only flags are allowed, as --name=value")
+    for name in PATHS.intersection(values):
+        value = values[name].value
+        if isinstance(value, str):
+            values[name].value = _expand(value)
+        elif isinstance(value, list):
+            values[name].value = [_expand(item) for item in value]
     return overrides
+
+
+def _expand(path: str) -> str:
+    """Return a path with its leading "~" replaced, which a shell does not do after `--name=`."""
+    return os.path.expanduser(path)

@@ -148,7 +148,7 @@ class Run:
         else:
             self.state = step.init(config.seed)
             if config.init_from:
-                self.state = pretrained.begin_from(Path(config.init_from), self.state, config.model)
+                self.state = pretrained.begin_from(Path(config.init_from).expanduser(), self.state, config.model)
             parameters = f"{count_params(step.abstract.params):,} parameters"
             if config.optimizer.trainable:
                 parameters += f" (training those of {', '.join(config.optimizer.trainable)})"
