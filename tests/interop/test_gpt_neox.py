@@ -130,3 +130,25 @@ def test_incomplete_and_damaged_directories(tmp_path):
     (shards / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard model-00002-of-00003.safetensors is missing \(1 in all\)"):
         interop.load(shards)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling must be None, got {'type': 'linear'"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "factor": 4.0},
+            "rope_parameters.rope_type must be 'default', got 'yarn'",
+        ),
+        ("rope_parameters", {"rope_theta": 1e4, "factor": 4.0}, "rope_parameters.factor is not supported, got 4.0"),
+        ("quantization_config", {"bits": 4}, "quantization_config must be None, got {'bits': 4}"),
+    ],
+)
+def test_rotary_embeddings_that_are_scaled(field, value, said, tmp_path):
+    """Nothing that changes the mathematics is read as if it were not there."""
+    raw = json.loads((GOLDEN / FORMS[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, field: value}))
+    with pytest.raises(ValueError) as caught:
+        interop.read_config(tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

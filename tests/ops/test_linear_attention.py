@@ -68,3 +68,13 @@ def test_strong_decay_stays_finite():
 
     value, grad = jax.value_and_grad(loss)(g)
     assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def test_no_tokens():
+    """An empty piece of prefill leaves the state as it is."""
+    state = jnp.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    q, v = jnp.zeros((2, 0, 3, 4)), jnp.zeros((2, 0, 3, 5))
+    o, last = linear_attention(q, q, v, initial_state=state)
+    assert o.shape == (2, 0, 3, 5)
+    np.testing.assert_array_equal(last, state)
+    assert linear_attention(q, q, v)[1].shape == (2, 3, 4, 5)
