@@ -60,9 +60,6 @@ def test_trajectories(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("step,layer,ratio\n0,0,1.5\n1,0,2.25\n2,0,12")
     assert trajectories.read(path).values["ratio"][0].tolist() == [1.5, 2.25]
-    path.write_text("step,layer,ratio\n0,0,1.5\n0,0,1.5\n")
-    with pytest.raises(ValueError, match="line 3: step 0 of block 0 comes twice"):
-        trajectories.read(path)
     path.write_text("model,layer,A,lambda,gamma,t0,K\npythia-14m,0,1,1,1,1,1")
     with pytest.raises(ValueError, match="the last line has no end"):
         fits.read([path])

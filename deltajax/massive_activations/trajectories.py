@@ -63,8 +63,8 @@ def read(path: str | Path) -> Trajectories:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: columns or rows are missing, the rows are of several models, a number is none, or a step of a
-        block comes twice. A last line without an end, which a run may still be writing, is left out.
+      ValueError: columns or rows are missing, the rows are of several models, or a number is none. A last line
+        without an end, which a run may still be writing, is left out.
     """
     path = Path(path)
     columns, numbered = read_table(path, _NEEDED, unfinished_last_line=True)  # a run may still be writing it
@@ -85,9 +85,7 @@ def read(path: str | Path) -> Trajectories:
             raise ValueError(
                 f"{path}: line {number}: {','.join(str(v) for v in row.values())} is not made of numbers"
             ) from None
-        if step in steps.setdefault(layer, []):
-            raise ValueError(f"{path}: line {number}: step {step:g} of block {layer} comes twice")
-        steps[layer].append(step)
+        steps.setdefault(layer, []).append(step)
     return Trajectories(
         models[0],
         {layer: np.array(x) for layer, x in sorted(steps.items())},

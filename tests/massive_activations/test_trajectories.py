@@ -118,7 +118,7 @@ def test_one_bad_layer_does_not_stop_the_others(tmp_path):
     [
         ([("a", 0, 0, 1), ("b", 0, 0, 1)], ("model", "step", "layer", "ratio"), r"rows of 2 models \(a, b\)"),
         ([], ("step", "layer", "ratio"), "holds no rows"),
-        ([(0, 0), (1, 0, 1)], ("step", "layer", "ratio"), "line 2: 0,0,None is not made of numbers"),
+        ([(0, 0), (1, 0, 1)], ("step", "layer", "ratio"), "line 2: 2 cells, where the header has 3 columns"),
         ([(0, 1)], ("step", "ratio"), "column layer is missing"),
         ([(0, 0, "many")], ("step", "layer", "ratio"), "line 2: 0,0,many is not made of numbers"),
     ],
@@ -144,5 +144,5 @@ def test_a_run_s_log(tmp_path, capsys):
     before = out.read_text()
     (run / "activations.csv").write_text("")
     assert trajectories.main(["", f"--workdir={run}", f"--out={out}"]) == 2
-    assert "column step is missing (needed: step, layer, ratio)" in capsys.readouterr().err
+    assert "column step is missing (needed: step, layer, ratio; there: " in capsys.readouterr().err
     assert out.read_text() == before
