@@ -183,20 +183,22 @@ def summarise(statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     ratio = mean of top1 / mean of median (arXiv 2508.03616).
     """
     host = {name: np.asarray(x) for name, x in statistics.items()}
-    largest = np.where(np.isnan(host["top1"]), -np.inf, host["top1"]).argmax(-1)[..., None]
+    empty = (
+        host.get("position", np.zeros(host["top1"].shape)) < 0
+    )  # only padding; NaN of a sequence that counts stays visible
+    largest = np.where(empty, -np.inf, host["top1"]).argmax(-1)[..., None]
     result = {}
     for name, x in host.items():
         whole = name in ("position", "channel")
-        result[name] = np.take_along_axis(x, largest, -1)[..., 0] if whole else _mean(x)
+        result[name] = np.take_along_axis(x, largest, -1)[..., 0] if whole else _mean(x, empty)
     result["ratio"] = result["top1"] / np.maximum(result["median"], np.finfo(np.float32).tiny)
     return result
 
 
-def _mean(x: np.ndarray) -> np.ndarray:
-    """Average over the last axis, leaving out NaN; NaN where there is nothing else."""
-    valid = ~np.isnan(x)
-    if valid.all():
+def _mean(x: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """Average over the last axis without some entries; NaN where nothing is left."""
+    if not left_out.any():
         return x.mean(-1, dtype=np.float64)
-    count = valid.sum(-1)
-    total = np.where(valid, x, 0).sum(-1, dtype=np.float64)
+    count = (~left_out).sum(-1)
+    total = np.where(left_out, 0, x).sum(-1, dtype=np.float64)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

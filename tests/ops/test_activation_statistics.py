@@ -107,3 +107,10 @@ def test_first_token_share(with_sink):
     expected = (weights[..., :9] * first[:, None, None]).sum(-1).mean(1)
     got = first_token_share(q, k, jnp.asarray(visible), jnp.asarray(first), sink, queries=9)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_a_sequence_that_diverged_is_not_left_out():
+    """Only padding is: NaN of a sequence that counts is seen in the means."""
+    x = np.ones((2, 3, 4), np.float32)
+    x[1] = np.nan
+    assert np.isnan(summarise(jax.device_get(activation_statistics(x)))["median"])

@@ -80,3 +80,9 @@ def test_the_best_is_never_nan():
         assert f"| {30 if curve[30] == 0.5 else 20} | 1 of 1 |" in text
     never = [*rows("plain", 0, {10: 0.5}), *rows("other", 0, {10: float("nan")})]
     assert "| none | 0 of 1 |" in tabulate(Paired("", "", ("policy",), {"policy": "plain"}), never)
+
+
+def test_an_interval_over_a_run_without_a_number():
+    """It is no number either, in whichever order the runs come."""
+    for values in ([0.1, float("nan"), 0.2], [float("nan"), 0.1, 0.2], [float("nan")]):
+        assert all(x != x for x in interval(values))
