@@ -224,7 +224,11 @@ def _surface(results: Path) -> Any:
     drawing, axes = figures.plt.subplots(1, len(paths), subplot_kw={"projection": "3d"}, **size)
     for axis, path in zip(axes.flat, paths, strict=True):
         block = path.read_text().partition("\n")[0].strip("# ")
-        figures.surface(axis, np.loadtxt(path, delimiter=","), f"{path.stem.removeprefix('surface_')}, {block}")
+        try:
+            magnitudes = np.loadtxt(path, delimiter=",")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        figures.surface(axis, magnitudes, f"{path.stem.removeprefix('surface_')}, {block}")
     return drawing
 
 

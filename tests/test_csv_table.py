@@ -76,3 +76,16 @@ def test_a_claim_over_a_run_without_a_number(values, tmp_path):
     assert reports.check(claim, rows) == "- **Not shown.** It learns. Medians: a nan (1 of n=3 are no numbers)."
     table = reports.tabulate(reports.Table("t", ["model"], []), rows)
     assert "nan (1 of n=3 are no numbers)" in table
+
+
+def test_a_run_that_is_in_a_table_twice_in_two_spellings():
+    rows = [
+        {"rate": rate, "status": "complete", "step": "1", "set": "validation", "position": "", "metric": "loss",
+         "value": "0.5"}
+        for rate in ("0.01", "1e-2")
+    ]  # fmt: skip
+    results.check_unique(rows, "mine")
+    with pytest.raises(
+        ValueError, match=r"^mine.csv, with the tables beside it, has two numbers for rate 0.01, step 1"
+    ):
+        results.check_unique(results.unify(rows), "mine")

@@ -1,4 +1,4 @@
-"""Imports only run downwards: the table of floors in BUILD_NOTES.md, held by a test."""
+"""Imports only run downwards: from each floor to lower ones."""
 
 import ast
 from pathlib import Path

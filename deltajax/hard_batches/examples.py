@@ -213,7 +213,8 @@ class InfoBatch(ExamplePolicy):
             )
         if updates == 0 and self.full:
             raise ValueError(
-                f"updates must be those of the whole run, of which InfoBatch leaves the last {self.full} whole, got {updates}"
+                f"updates must be the number of updates of the whole run, because InfoBatch does not prune in the last "
+                f"{self.full:.1%} of them; got {updates}"
             )
         if updates and updates <= first + last:
             raise ValueError(

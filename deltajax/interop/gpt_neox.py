@@ -129,12 +129,19 @@ def read_config(directory: str | Path) -> gpt_neox.Config:
     for key, value in expected.items():
         if raw.get(key, value) != value:
             raise ValueError(f"weights: {path}: {key} must be {value!r}, got {raw[key]!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = next((rope[key] for key in ("rope_type", "type") if rope.get(key, "default") != "default"), "default")
     if kind != "default":
         raise ValueError(f"weights: {path}: rope_parameters.rope_type must be 'default', got {kind!r}")
     unknown = sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
     if unknown:
         raise ValueError(f"weights: {path}: rope_parameters.{unknown[0]} is not supported, got {rope[unknown[0]]!r}")
+    rotary = {
+        "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25)),
+        "rope_theta": rope.get("rope_theta", raw.get("rotary_emb_base", 10000)),
+    }
+    for key, used in rotary.items():  # transformers reads these names in rope_parameters only
+        if raw.get(key, used) != used:
+            raise ValueError(f"weights: {path}: {key} must be in rope_parameters; got {raw[key]!r} beside {used!r}")
     missing = [
         key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if key not in raw
     ]
@@ -147,8 +154,8 @@ def read_config(directory: str | Path) -> gpt_neox.Config:
             num_layers=raw["num_hidden_layers"],
             num_heads=raw["num_attention_heads"],
             mlp_dim=raw.get("intermediate_size"),
-            rotary_fraction=rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25)),
-            rotary_base=rope.get("rope_theta", raw.get("rotary_emb_base", 10000)),
+            rotary_fraction=rotary["partial_rotary_factor"],
+            rotary_base=rotary["rope_theta"],
             parallel_residual=raw.get("use_parallel_residual", True),
             norm_eps=raw.get("layer_norm_eps", 1e-5),
         )

@@ -130,7 +130,7 @@ def apply(
 ) -> tuple[Float[Array, "B T D"], dict | None]:
     """Attend; with a state, to the tokens it holds as well, and return it with these tokens added.
 
-    Without a state the share of attention on first tokens is tagged "first_token_share" [B] (see `ops.taps`).
+    Without a state the share of attention on first tokens is tagged "first_token_share" [B, queries] (see `ops.taps`).
     """
     batch, length, _ = x.shape
     if segment_ids is not None and segment_ids.shape != (batch, length):

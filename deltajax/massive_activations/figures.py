@@ -72,7 +72,7 @@ def scores(axes: Any, rows: Sequence[Row]) -> None:
     for i, split in enumerate(splits):
         for j, name in enumerate(names):
             of_cell = [row for row in rows if row["parameter"] == name and row["split"] == split]
-            row = max(of_cell, key=lambda row: float(row["r2"]))
+            row = max(of_cell, key=lambda row: np.nan_to_num(float(row["r2"]), nan=-np.inf))
             r2 = float(row["r2"])
             x = j + (i - 0.5) * 0.38
             axes.bar(x, max(r2, -1), 0.36, color=f"C{i}", label=split if j == 0 else None)

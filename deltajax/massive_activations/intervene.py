@@ -45,6 +45,8 @@ def massive(x: Float[Array, "B ... D"], top: int, mask: Bool[Array, "B ..."] | N
         raise ValueError(
             f"top must be an integer from 1 to {magnitude.shape[1]}, the values of a sequence, got {top!r}"
         )
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must have the shape of activations without channels, {x.shape[:-1]}, got {mask.shape}")
     counted = jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(mask[..., None], x.shape)
     largest = jax.lax.top_k(jnp.where(counted.reshape(magnitude.shape), magnitude, -1), int(top))[1]
     chosen = jnp.put_along_axis(jnp.zeros(magnitude.shape, bool), largest, True, axis=1, inplace=False)
@@ -75,6 +77,8 @@ def overwrite(
     if mode == "none":
         return x
     chosen = massive(x, top, mask)
+    if mode == "neighbours" and x.shape[-1] == 1:
+        raise ValueError("mode 'neighbours' needs at least 2 channels, got 1")
     if mode == "neighbours":
         chosen = jnp.roll(chosen, 1, axis=-1)
     if mode != "mean":
@@ -97,7 +101,7 @@ def intervened(f: Callable, layer: int | Int[Array, ""], change: Callable[[Array
     replaced = taps.replace(f, {"residual": lambda x, place: jnp.where(place == layer, change(x), x)})
 
     def call(*args):
-        if not isinstance(layer, jax.core.Tracer):
+        if not isinstance(layer, jax.Array):
             check_layers([layer], taps.tags(f, *args).count("residual"))
         return replaced(*args)
 
@@ -107,8 +111,8 @@ def intervened(f: Callable, layer: int | Int[Array, ""], change: Callable[[Array
 def check_layers(layers: Sequence[Any], blocks: int) -> None:
     """Raise a ValueError unless every layer is the number of a block, from 0."""
     for layer in layers:
-        if isinstance(layer, bool) or not 0 <= layer < blocks or int(layer) != layer:
-            raise ValueError(f"layer must be a block's number, 0 to {blocks - 1}, got {layer}")
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not 0 <= layer < blocks:
+            raise ValueError(f"layer must be a block's number, 0 to {blocks - 1}, got {layer!r}")
 
 
 def channel_means(f: Callable, params: Any, batches: Iterable[Any], top: int) -> Float[np.ndarray, "layers D"]:
@@ -155,6 +159,8 @@ def losses(
     Raises:
       ValueError: there is no such block, no batch, or nothing in the batches has a weight.
     """
+    if not len(layers):
+        raise ValueError("layers must name at least one block, got none")
     batches = list(batches)
     means = jnp.asarray(channel_means(sums, params, batches, top))
     check_layers(layers, len(means))

@@ -8,6 +8,7 @@ question asked: every model predicted by what was learned from models of all oth
 """
 
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -183,11 +184,11 @@ def evaluate(table: Table, repeats: int = 5, estimators: Sequence[str] | None = 
 
 
 def best(scores: Sequence[Score]) -> dict[tuple[str, Split], Score]:
-    """The best estimator of each parameter and split."""
+    """Return the best estimator of each parameter and split; a score of NaN is the lowest."""
     found: dict[tuple[str, Split], Score] = {}
     for score in scores:
         key = score.parameter, score.split
-        if key not in found or score.r2 > found[key].r2:
+        if key not in found or not score.r2 <= found[key].r2 or math.isnan(found[key].r2):
             found[key] = score
     return found
 

@@ -8,6 +8,7 @@ without probes or stopped early, gets the other part. Pictures are inside the pa
 import base64
 import html
 import io
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,8 @@ def _massive(log: "Trajectories") -> str:
         return ""
     last = {layer: (of[-1], log.values["median"][layer][-1]) for layer, of in log.values["top1"].items()}
     found = [str(layer) for layer, (largest, median) in last.items() if largest > 100 and largest > 1000 * median]
-    largest = max(x for x, _ in last.values())
+    magnitudes = [x for x, _ in last.values()]
+    largest = math.nan if any(map(math.isnan, magnitudes)) else max(magnitudes)
     verdict = f"Massive in blocks {', '.join(found)}" if found else "None is massive"
     return (
         f"<p><b>{verdict}</b> by the test of arXiv 2402.17762 (above 100 and above 1,000 times the median); the largest mean "

@@ -8,6 +8,7 @@ surface_<model>.csv, and, where there are enough models, scores.csv and importan
 """
 
 import glob
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ def summary(log: Trajectories, found: Mapping[int, Fit], losses: Mapping[int, Ma
     """
 
     def last(statistic: str) -> float:
-        return max(float(np.mean(x[-LAST:])) for x in log.values[statistic].values())
+        return float(np.max([np.mean(x[-LAST:]) for x in log.values[statistic].values()]))  # NaN if a block is
 
     values = {"ratio": last("ratio"), "top1": last("top1")}
     pairs = [(top1[-1], log.values["median"][layer][-1]) for layer, top1 in log.values["top1"].items()]
@@ -70,7 +71,7 @@ def summary(log: Trajectories, found: Mapping[int, Fit], losses: Mapping[int, Ma
         for kind in ("early peak", "log increase"):
             values[kind.replace(" ", "_")] = float(np.mean([fit.kind == kind for fit in fitted]))
     if losses:
-        worst = max(losses.values(), key=lambda of: of["zero"])
+        worst = max(losses.values(), key=lambda of: (math.isnan(of["zero"]), of["zero"]))
         values |= {mode: worst[mode] - worst["none"] for mode in ("zero", "mean", "neighbours")}
     return values
 

@@ -140,14 +140,16 @@ def steps_of(folder: str | Path) -> dict[int, Path]:
     Raises:
       ValueError: no directory's name ends in step<N>.
     """
-    found = {
-        int(match[1]): path
-        for path in Path(folder).glob("*")
-        if path.is_dir() and (match := re.search(r"step_?(\d+)$", path.name))
-    }
-    if not found:
+    by_step: dict[int, Path] = {}
+    for path in sorted(Path(folder).glob("*")):
+        match = re.search(r"step_?(\d+)$", path.name)
+        if path.is_dir() and match:
+            other = by_step.setdefault(int(match[1]), path)
+            if other != path:
+                raise ValueError(f"--checkpoints={folder}: {other.name} and {path.name} are of one step; remove one")
+    if not by_step:
         raise ValueError(f"--checkpoints={folder}: holds no directories whose names end in step<N>")
-    return dict(sorted(found.items()))
+    return dict(sorted(by_step.items()))
 
 
 def of_checkpoints(

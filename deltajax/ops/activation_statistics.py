@@ -33,18 +33,19 @@ def activation_statistics(
       Arrays [B]. top1, top2, top3: the largest magnitudes; position, channel: of top1 (position counts
       all axes between the first and the last as one); median: of the magnitudes; kurtosis: fourth moment
       over squared second (about the mean; 3 for a normal distribution). A sequence of which nothing
-      counts has NaN, and -1 for position and channel.
+      counts has NaN, and -1 for position and channel; one of fewer than 3 values has NaN for the rest.
     """
     x = x[:sequences].astype(jnp.float32)
     flat = x.reshape(x.shape[0], -1)
     magnitude = jnp.abs(flat)
     counted: Any = None
     if mask is not None:
-        if mask.shape != (*mask.shape[:1], *x.shape[1:-1]):
+        mask = mask[:sequences]
+        if mask.shape != x.shape[:-1]:
             raise ValueError(
                 f"mask must have the shape of activations without channels, {x.shape[:-1]}, got {mask.shape}"
             )
-        counted = jnp.broadcast_to(mask[:sequences, ..., None], x.shape).reshape(flat.shape)
+        counted = jnp.broadcast_to(mask[..., None], x.shape).reshape(flat.shape)
     ranked = magnitude if counted is None else jnp.where(counted, magnitude, -1)
     # Without the barrier XLA merges the slices below with top_k's own and sorts everything: 70 times the time on a CPU.
     top, where = jax.lax.optimization_barrier(jax.lax.top_k(ranked, 3))
@@ -67,7 +68,8 @@ def activation_statistics(
     if counted is None:
         return result
     blank = {name: -1 if name in ("position", "channel") else jnp.nan for name in result}
-    return {name: jnp.where(size > 0, y, blank[name]) for name, y in result.items()}
+    needed = {"top2": 2, "top3": 3}
+    return {name: jnp.where(size >= needed.get(name, 1), y, blank[name]) for name, y in result.items()}
 
 
 def with_statistics(

@@ -108,7 +108,7 @@ class Attendance:
     def leave(self, code: int) -> None:
         """Wait until all want to leave; after a failure, end this process.
 
-        Whoever has not failed `FAILED_TICKS` after the first that has learns that that one is gone.
+        `FAILED_TICKS` after the first failure, the processes that have not failed are told which one is gone.
         """
         if code:
             self._speaker.acquire(blocking=False)  # this process has said why it ends

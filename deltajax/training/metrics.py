@@ -15,6 +15,7 @@ import tqdm
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
+from deltajax.csv_table import read_table
 from deltajax.errors import RunError
 
 matplotlib.use("Agg")
@@ -65,15 +66,17 @@ def read_positions(workdir: Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     if not path.exists():
         return rows
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                _, position, *numbers = row.values()
+    try:
+        _, numbered = read_table(path, ("set", "position"))
+        for line, row in numbered:
+            _, position, *numbers = row.values()
+            try:
                 int(position), [float(number) for number in numbers if number != ""]
-                rows.append(row)
-        except (ValueError, TypeError, KeyError, csv.Error):
-            raise RunError(f"{path}: line {reader.line_num} is damaged; remove the file and start again") from None
+            except ValueError:
+                raise ValueError(f"{path}: line {line}: {','.join(row.values())} is not made of numbers") from None
+            rows.append(row)
+    except ValueError as error:
+        raise RunError(f"{error}; remove the file and start again") from None
     return rows
 
 

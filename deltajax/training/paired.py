@@ -66,9 +66,12 @@ class Run:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its two-sided t interval at `CONFIDENCE` (infinite for one value; NaN if one is)."""
-    if any(map(math.isnan, values)):
-        return math.nan, math.nan
+    """Mean, and half the width of its two-sided t interval at `CONFIDENCE` (infinite for one value).
+
+    A value that is not finite leaves neither a mean nor an interval: (NaN, infinity).
+    """
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.inf
     if len(values) < 2:
         return statistics.mean(values), math.inf
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)

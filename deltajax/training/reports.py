@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from deltajax.training import paired
 from deltajax.training.config import call, load_experiment
 from deltajax.training.figures import Curves, Tradeoff
-from deltajax.training.results import Row, Where, group, median, member, name_of, read, select, unify
+from deltajax.training.results import Row, Where, check_unique, group, median, member, name_of, read, select, unify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +190,7 @@ def section(report: Report, rows: Sequence[Row], name: str, folder: Path, page: 
     parts.append(f"{len(complete)} runs, [all their numbers]({table})" + f"; {len(failed)} failed" * bool(failed) + ".")
     more = [folder / f"{other}.csv" for other in report.also]
     rows = unify([*rows, *(row for path in more if path.exists() for row in read(path))])
+    check_unique(rows, name)
     if report.claims:
         parts.append("\n".join(check(claim, rows) for claim in report.claims))
     for shown in report.tables:

@@ -53,6 +53,17 @@ def unify(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
+def check_unique(rows: Iterable[Row], name: str) -> None:
+    """Raise a ValueError if two numbers are of the same run, step, set, position and metric."""
+    seen = set()
+    for row in rows:
+        key = tuple(v for k, v in row.items() if k not in ("value", "status"))
+        if row["status"] == "complete" and key in seen:
+            what = ", ".join(f"{k} {v}" for k, v in row.items() if v and k not in ("value", "status"))
+            raise ValueError(f"{name}.csv, with the tables beside it, has two numbers for {what}")
+        seen.add(key)
+
+
 def select(rows: Iterable[Row], where: Where) -> list[Row]:
     """Complete rows whose columns have one of the allowed values, compared as numbers where both are.
 

@@ -240,7 +240,7 @@ def test_losses_are_read_only_when_a_round_ends():
         (
             InfoBatch(),
             45,
-            "updates must be those of the whole run, of which InfoBatch leaves the last 0.125 whole, got 0",
+            "InfoBatch does not prune in the last 12.5% of them; got 0",
         ),
     ],
 )

@@ -251,7 +251,7 @@ def test_rho_loss(tmp_path):
         (lambda: InfoBatch(ratio=1.0), r"ratio must be a number in \[0, 1\), got 1.0"),
         (lambda: InfoBatch().init(3, 4, 10), "batch_size must be at most the 3 examples of the training set, got 4"),
         (lambda: InfoBatch().init(4, 4, 9), "batch_size must be less than the 4 examples for InfoBatch to prune any, got 4"),
-        (lambda: InfoBatch().init(40, 4, 0), "updates must be .* InfoBatch leaves the last 0.125 whole, got 0"),
+        (lambda: InfoBatch().init(40, 4, 0), "updates must be .* InfoBatch does not prune in the last 12.5% of them; got 0"),
         (lambda: InfoBatch().init(40, 4, 11), r"must be > 11 .* first 10 and the last 1 \(full = 0.125\) .* got 11"),
         (lambda: InfoBatch(full=0.95).init(40, 4, 100), "updates must be > 105 for InfoBatch to prune"),
         (lambda: RhoLoss(table="absent.npy").init(9, 4, 1), "table must be a .npy file .* the 9 .*'absent.npy'"),

@@ -142,6 +142,8 @@ def test_incomplete_and_damaged_directories(tmp_path):
             "rope_parameters.rope_type must be 'default', got 'yarn'",
         ),
         ("rope_parameters", {"rope_theta": 1e4, "factor": 4.0}, "rope_parameters.factor is not supported, got 4.0"),
+        ("rope_parameters", {"rope_type": "default", "type": "linear"}, "rope_type must be 'default', got 'linear'"),
+        ("rope_theta", 5e5, "rope_theta must be in rope_parameters; got 500000.0 beside 10000"),
         ("quantization_config", {"bits": 4}, "quantization_config must be None, got {'bits': 4}"),
     ],
 )

@@ -61,7 +61,7 @@ def stack(params, batch):
 def test_a_block_that_is_not_there():
     """An intervention that would happen nowhere is an error, not a loss without change."""
     batch = {"x": jnp.ones((1, 2, 3))}
-    for layer in (-1, 2, 0.5, True):
+    for layer in (-1, 2, 0.5, 1.0, True):
         with pytest.raises(ValueError, match=f"layer must be a block's number, 0 to 1, got {layer}"):
             intervene.losses(stack, jnp.ones(2), [batch], [0, layer], 1)
         with pytest.raises(ValueError, match=f"layer must be a block's number, 0 to 1, got {layer}"):
@@ -76,8 +76,15 @@ def test_batches_are_read_once_and_there_is_one():
     assert intervene.losses(stack, jnp.ones(2), iter(batches), [1], 2) == intervene.losses(
         stack, jnp.ones(2), batches, [1], 2
     )
+    with pytest.raises(ValueError, match="layers must name at least one block, got none"):
+        intervene.losses(stack, jnp.ones(2), batches, [], 1)
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
         intervene.losses(stack, jnp.ones(2), [], [0], 1)
+
+
+def test_one_channel_has_no_neighbours():
+    with pytest.raises(ValueError, match="mode 'neighbours' needs at least 2 channels, got 1"):
+        intervene.overwrite(jnp.ones((1, 4, 1)), "neighbours", 1)
 
 
 def test_padding_is_neither_massive_nor_overwritten():

@@ -63,8 +63,11 @@ def test_padding_in_a_function():
     _, expected = with_statistics(lambda batch: tag(batch["x"][:, :4], "residual"))(batch)
     assert float(got["first_token_share"][0, 0]) == 0.25
     assert got["top1"] == expected["top1"] and got["median"] == expected["median"]
-    with pytest.raises(ValueError, match="mask must have the shape of activations without channels"):
-        activation_statistics(jnp.ones((2, 3, 4)), mask=jnp.ones((2, 5), bool))
+    for shape in ((2, 5), (1, 3), (3, 3), (2,)):
+        with pytest.raises(ValueError, match="mask must have the shape of activations without channels"):
+            activation_statistics(jnp.ones((2, 3, 4)), mask=jnp.ones(shape, bool))
+    two = activation_statistics(jnp.ones((1, 3, 2)), mask=jnp.array([[True, False, False]]))
+    assert two["top2"][0] == 1 and np.isnan(two["top3"][0])
 
 
 def test_nothing_is_sorted():
