@@ -5,7 +5,8 @@ in `benchmarks/results/rehearsal.csv`. Command: python -m deltajax.rehearse
 --config=experiments/pod.py:model=deltanet-1.3b,batch_size=512 --topology=v5p:8x8x8; on the pod's
 hosts `python -m deltajax.train` with the same --config. Time: about a minute of one CPU core to
 rehearse; training is unmeasured. Result: benchmarks/results/rehearsal.csv. The default corpus
-only stands in: a real run names its own with --config.data.corpus. """
+only stands in: a real run names its own with --config.data.corpus.
+"""
 
 from deltajax import data
 from deltajax.models import named

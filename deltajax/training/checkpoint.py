@@ -232,14 +232,14 @@ class Checkpoints(CheckpointReader):
                 continue
             if not self._read_only:
                 problems |= self._unmeasured([s for s in steps if s < step])
-            self._reportdamaged(problems, step)
+            self._report_damaged(problems, step)
             return restored
         if problems:
             listed = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             raise RunError(f"no checkpoint in {self.directory} can be read; {listed}")
         return None
 
-    def _reportdamaged(self, problems: dict[int, str], used: int) -> None:
+    def _report_damaged(self, problems: dict[int, str], used: int) -> None:
         for step, problem in problems.items():
             if distributed.is_first():
                 print(
