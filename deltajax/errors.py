@@ -88,7 +88,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             pairs = zip((*entries, *entries.values()), (*value, *value.values()), strict=False)
             return value if all(x is y for x, y in pairs) else entries
     elif dataclasses.is_dataclass(hint):
-        if type(value) is hint:  # of a subclass nothing else knows
+        if type(value) is hint:  # a subclass would be read back from a checkpoint as this class
             return value
     elif not isinstance(hint, type) or isinstance(value, hint):
         return value

@@ -1,11 +1,13 @@
 """The paper's language models on a TPU pod slice: what `python -m deltajax.rehearse` rehearses.
 
-Claim: the published sizes (arXiv 2406.06484, section 4; sequences of 2,048 tokens) fit the pods
-in `benchmarks/results/rehearsal.csv`. Command: python -m deltajax.rehearse
---config=experiments/pod.py:model=deltanet-1.3b,batch_size=512 --topology=v5p:8x8x8; on the pod's
-hosts `python -m deltajax.train` with the same --config. Time: about a minute of one CPU core to
-rehearse; training is unmeasured. Result: benchmarks/results/rehearsal.csv. The default corpus
-only stands in: a real run names its own with --config.data.corpus.
+Claim: the published sizes (arXiv 2406.06484, section 4; sequences of 2,048 tokens) fit the pods in
+  `benchmarks/results/rehearsal.csv`.
+Command: python -m deltajax.rehearse
+  --config=experiments/pod.py:model=deltanet-1.3b,batch_size=512 --topology=v5p:8x8x8;
+  on the pod's hosts `python -m deltajax.train` with the same --config.
+Time: about a minute of one CPU core to rehearse; training is unmeasured.
+Result: benchmarks/results/rehearsal.csv. The default corpus is a placeholder: a real run names its
+  own with --config.data.corpus.
 """
 
 from deltajax import data

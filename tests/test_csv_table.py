@@ -1,4 +1,4 @@
-"""Tables that are damaged are errors with file and line, and numbers that are none decide nothing."""
+"""Damaged tables are errors with file and line, and a run without a number decides no claim."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def test_results(rows, said, tmp_path):
 
 
 def test_trajectories(tmp_path):
-    """A number that is cut cannot be told from a whole one, so an unfinished last line is left out."""
+    """A cut number looks like a whole one, so an unfinished last line is left out."""
     path = tmp_path / "t.csv"
     path.write_text("step,layer,ratio\n0,0,1.5\n1,0,2.25\n2,0,12")
     assert trajectories.read(path).values["ratio"][0].tolist() == [1.5, 2.25]

@@ -181,7 +181,7 @@ def _sampled(length: int, queries: int) -> slice:
 def summarise(statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Average statistics over sequences, the last axis, and add `ratio`.
 
-    A sequence of which nothing counts is left out. position and channel are those of the largest top1.
+    A sequence without any position that counts is left out. position and channel are those of the largest top1.
     ratio = mean of top1 / mean of median (arXiv 2508.03616).
     """
     host = {name: np.asarray(x) for name, x in statistics.items()}

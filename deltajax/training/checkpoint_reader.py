@@ -184,7 +184,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, RunError) and error.__cause__:
         error = error.__cause__  # the message of `reading` says where, as those who call this do
     text = str(error).strip().split("\n")[0]
-    system = re.search(r"([^:]+) \[os_error_code", text)  # TensorStore: the cause stands last, after several paths
+    system = re.search(r"([^:]+) \[os_error_code", text)  # TensorStore puts the cause last, after several paths
     if system:
         return system.group(1).strip()
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

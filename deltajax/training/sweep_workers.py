@@ -85,7 +85,7 @@ class Worker:
 
 
 def share(jobs: int) -> list[set[int] | None]:
-    """The cores of each job: an equal part, or all of them where they cannot be told apart or do not suffice."""
+    """Return the cores of each job: an equal part each, or one core for several jobs if there are too few."""
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):
         return [None] * jobs
     cores = sorted(os.sched_getaffinity(0))

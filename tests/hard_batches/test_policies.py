@@ -196,7 +196,7 @@ def test_the_last_part_of_info_batch(full, updates, last):
     state = policy.init(8, 4, updates) | {"losses": np.array([0, 0, 0, 0, 0, 0, 0, 9], np.float32)}
     pruned = [len(policy._epoch(state | {"done": n, "epoch": n})["order"]) < 8 for n in range(updates)]
     assert pruned.index(True) < updates - last and not any(pruned[updates - last :])
-    if last == 0:  # then it needs no number of updates
+    if last == 0:  # no part of whole epochs at the end, so the number of updates is not needed
         state |= {"updates": 0}
         assert any(len(policy._epoch(state | {"done": n, "epoch": n})["order"]) < 8 for n in range(updates))
         assert policy.init(8, 4, 0)["done"] == 0

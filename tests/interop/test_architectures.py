@@ -183,7 +183,7 @@ def test_weights_of_ones_own(tmp_path, capfd):
 
 
 def test_known_architectures():
-    """No name stands for two networks of one library, and names in the files of libraries are recognised."""
+    """No name belongs to two networks of one library, and names in the libraries' files are recognised."""
     keys = [(a.name, layout) for a in architectures.known() for layout in a.layouts]
     assert len(keys) == len(set(keys)) > 50
     for text, name in (

@@ -50,7 +50,7 @@ def test_exactly_top_values_of_equals(dtype):
 
 
 def stack(params, batch):
-    """Two blocks, and a loss of which a mask can leave out positions."""
+    """Two blocks, and a loss that leaves out masked positions."""
     x = batch["x"]
     for p in params:
         x = tag(x + p, "residual")

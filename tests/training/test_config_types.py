@@ -102,7 +102,7 @@ def fields_of(scalar: type) -> list:
 
 @pytest.mark.parametrize("kind, name", fields_of(int))
 def test_integers(kind, name):
-    """Those of NumPy and JAX become Python's; floats and truth values are none, whatever their value."""
+    """Integers of NumPy and JAX become Python's. Floats and truth values are refused, whatever their value."""
     config = example_of(kind)
     value = getattr(config, name)
     good = 4 if value is None else value

@@ -83,7 +83,7 @@ def test_the_best_is_never_nan():
 
 
 def test_an_interval_over_a_run_without_a_number():
-    """It is no number either, in whichever order the runs come."""
+    """The interval is not a number either, whatever the order of the runs."""
     for bad in (float("nan"), float("inf"), float("-inf")):
         for values in ([0.1, bad, 0.2], [bad, 0.1], [bad]):
             mean, half = interval(values)
