@@ -279,7 +279,7 @@ def _others(found: Sequence[Member], table: Path) -> list[dict[str, str]]:
     names = [name for name in header if name not in COLUMNS]
     if set(names) != set(columns) or not set(COLUMNS) <= set(header):
         they = f"of runs that differ in {', '.join(names)}" if names else "of something else"
-        raise ValueError(f"--csv={table}: a table {they}, not by {', '.join(columns)}; name another file")
+        raise ValueError(f"--csv={table}: a table {they}, not in {', '.join(columns)}; name another file")
     mine = {tuple(overrides.normal(member.by_column.get(c, "")) for c in columns) for member in found}
     return [row for row in rows if tuple(overrides.normal(row[c]) for c in columns) not in mine]
 

@@ -109,7 +109,7 @@ def test_more_members_go_into_the_table_that_is_there(swept, tmp_path, capfd):
         assert {(row["learning_rate"], row["seed"]) for row in after[len(before) :]} == {(rate, "7")}
     assert sweep.main([*command, "--grid=config.steps=4"]) == 2
     assert (
-        "a table of runs told apart by group, learning_rate, seed, not by group, steps; name another"
+        "a table of runs that differ in group, learning_rate, seed, not in group, steps; name another"
         in capfd.readouterr().err
     )
     assert read(table) == after
